@@ -1,0 +1,326 @@
+"""Which kernel runs: the only module that knows the backends, and the only one that loads them.
+
+Three backends exist. ``native`` is compiled code (C++ on the CPU, CUDA C++ on GPUs), ``triton`` the Triton
+kernels, ``reference`` plain torch. The kernel chosen for a device is registered with torch's dispatcher, so a call
+costs nothing extra, and graphs that were compiled or exported earlier follow the choice too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tersor._operator import REGISTRY, Operator
+from tersor._verified import VERIFIED
+
+BACKENDS = ("native", "triton", "reference")
+DEVICES = ("cpu", "cuda")
+_HERE = Path(__file__).parent
+_LIBRARIES = {"cpu": _HERE / "libtersor_cpu.so", "cuda": _HERE / "libtersor_cuda.so"}
+_ENVIRONMENT = "TERSOR_BACKEND"
+
+_forced: str | None = None
+_chosen: dict[tuple[str, str], str] = {}
+_overrides: dict[tuple[str, str], torch.library.Library] = {}
+
+
+class Choice(NamedTuple):
+    """What runs for one operator on one device, and why the other backends do not."""
+
+    operator: str
+    device: str
+    dtypes: str
+    runs: str
+    refused: dict[str, str]
+
+
+class Backends(list[Choice]):
+    """The choices, printed as a table."""
+
+    def __str__(self) -> str:
+        rows = [("operator", "device", "dtypes", "runs", "why not the others")]
+        for choice in self:
+            why = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
+            rows.append((choice.operator, choice.device, choice.dtypes, choice.runs, why))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(4)), row[4]]).rstrip() for row in rows]
+        return "\n".join([*lines, "", *facts()])
+
+    __repr__ = __str__
+
+
+def backends() -> Backends:
+    """What every operator runs on, per device, and why not on the other backends.
+
+    Returns:
+        A list of :class:`Choice` (operator, device, dtypes, runs, refused) that prints as a table, followed by how
+        the native library was built and which instruction set it uses. Asks the driver whether a GPU is there.
+    """
+    rows = Backends()
+    for op in REGISTRY.values():
+        for device in DEVICES:
+            runs, refused = _choose(op, device)
+            rows.append(Choice(op.name, device, _dtypes(runs, device), runs, refused))
+    return rows
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend inside the ``with`` block: ``"native"``, ``"triton"`` or ``"reference"``.
+
+    The choice holds for the whole process (all threads). Operators that have no such kernel for the device at hand
+    run what they would run otherwise; :func:`backends` names the reason. For comparisons and tests.
+
+    Raises:
+        ValueError: ``name`` is not one of the three.
+        RuntimeError: that backend cannot run anything in this process; the message says why.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if reasons := _unusable(name):
+        raise RuntimeError(f"use_backend: {name} cannot run here: {reasons}")
+    previous = _forced
+    _force(name)
+    try:
+        yield
+    finally:
+        _force(previous)
+
+
+def running(operator: str, device: str) -> str:
+    """The backend that a call of ``operator`` on ``device`` runs at the moment."""
+    return _choose(REGISTRY[operator], device)[0]
+
+
+def facts() -> list[str]:
+    """How the native libraries were built and what they chose, one sentence each."""
+    lines = [f"{name}: {entry}" for name, entry in _build_report().items()]
+    module = _introspection()
+    if module is not None:
+        levels = ", ".join(module.cpu_isa_supported())
+        lines.append(f"instruction set: {module.cpu_isa()} (this processor runs {levels}); {module.compiler()}")
+    if _forced:
+        lines.append(f"forced: {_forced}")
+    return lines
+
+
+def load() -> None:
+    """Loads the CPU library and applies ``TERSOR_BACKEND``; called once, at import. Touches no driver."""
+    _cpu_library()
+    forced = os.environ.get(_ENVIRONMENT) or None
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"{_ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {forced!r}")
+    if forced and (reasons := _unusable(forced)):
+        warnings.warn(f"{_ENVIRONMENT}={forced} has no effect: {reasons}", RuntimeWarning, stacklevel=3)
+        forced = None
+    _force(forced)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    for op in REGISTRY.values():
+        for device in DEVICES:
+            if device == "cpu":
+                _install(op, device, _choose(op, device)[0])
+            else:
+                _install_lazily(op)
+
+
+def _choose(op: Operator, device: str) -> tuple[str, dict[str, str]]:
+    """The backend that runs and the reason against each other one."""
+    refused = {name: reason for name in BACKENDS if (reason := _refusal(op, device, name))}
+    allowed = [name for name in BACKENDS if name not in refused]
+    if _forced in allowed:
+        chosen = _forced
+    elif device == "cpu":
+        chosen = allowed[0] if allowed[0] != "triton" else "reference"  # the interpreter is for tests only
+    else:
+        chosen = VERIFIED.get(op.place, "reference")
+        chosen = chosen if chosen in allowed else "reference"
+    for name in allowed:
+        if name != chosen:
+            refused[name] = _not_chosen(op, device, name, chosen)
+    return chosen, refused
+
+
+def _not_chosen(op: Operator, device: str, name: str, chosen: str) -> str:
+    if chosen == _forced:
+        return f"{chosen} is forced"
+    if name == "reference":
+        return "slower"
+    if device == "cuda" and op.place not in VERIFIED:
+        return f"unverified on a GPU; use_backend({name!r}) runs it"
+    return "interpreter, for tests only" if device == "cpu" else f"measured slower than {chosen}"
+
+
+def _refusal(op: Operator, device: str, name: str) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on ``device``; None where it can."""
+    if name == "reference":
+        return None
+    if device == "cuda" and (reason := _no_gpu()):
+        return reason
+    if name == "triton":
+        if importlib.util.find_spec(_triton_module(op)) is None:
+            return "no Triton kernel"
+        if reason := _no_triton():
+            return reason
+        if device == "cpu" and not _interpreting():
+            return "CPU tensors need TRITON_INTERPRET=1"
+        return None
+    if device == "cpu":
+        library = _cpu_library()
+        if isinstance(library, str):
+            return library
+        return None if op.name in _cpu_kernels() else "no C++ kernel"
+    reason = _build_report().get("CUDA C++", "not built")
+    if not _LIBRARIES["cuda"].exists():
+        return reason
+    return None if op.place in _cuda_places() else "no CUDA C++ kernel"
+
+
+def _unusable(name: str) -> str:
+    """Why backend ``name`` can run no operator in this process; empty where it can run some."""
+    reasons = {device: _refusal(op, device, name) for op in REGISTRY.values() for device in DEVICES}
+    if any(_refusal(op, device, name) is None for op in REGISTRY.values() for device in DEVICES):
+        return ""
+    return "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
+
+
+def _install(op: Operator, device: str, backend: str) -> None:
+    """Makes ``backend`` the dispatcher's kernel for ``op`` on ``device``."""
+    slot = (op.name, device)
+    if _chosen.get(slot, _beneath(op, device)) == backend:
+        return
+    if slot in _overrides:
+        _overrides.pop(slot)._destroy()
+    if device == "cuda" and backend == "native":
+        _cuda_library()
+    if backend != _beneath(op, device):
+        kernel = op.reference if backend == "reference" else _triton_launcher(op)
+        _override(slot, kernel)
+    _chosen[slot] = backend
+
+
+def _beneath(op: Operator, device: str) -> str:
+    """What the dispatcher runs where Python overrides nothing."""
+    if device == "cpu":
+        return "native" if op.name in _cpu_kernels() else "reference"
+    return "native" if _cuda_library.cache_info().currsize and op.place in _cuda_places() else "reference"
+
+
+def _install_lazily(op: Operator) -> None:
+    """On CUDA nothing is loaded, and no driver asked, before the first call with a CUDA tensor."""
+    slot = (op.name, "cuda")
+    if slot in _overrides:
+        _overrides.pop(slot)._destroy()
+    _chosen.pop(slot, None)
+    if _forced in (None, "reference") and op.place not in VERIFIED and _beneath(op, "cuda") == "reference":
+        return
+
+    def first_call(*args: Any) -> Any:
+        _chosen[slot] = "pending"
+        _install(op, "cuda", _choose(op, "cuda")[0])
+        return op.overload(*args)
+
+    _override(slot, first_call)
+
+
+def _override(slot: tuple[str, str], kernel: Callable[..., Any]) -> None:
+    name, device = slot
+    library = torch.library.Library("tersor", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of an override, which is what is meant here
+        library.impl(name, kernel, device.upper())
+    _overrides[slot] = library
+
+
+def _dtypes(backend: str, device: str) -> str:
+    if backend == "triton" or (backend == "native" and device == "cuda"):
+        return "f16 bf16 f32"
+    return "f16 bf16 f32 f64"
+
+
+@functools.cache
+def _build_report() -> dict[str, str]:
+    """What setup.py wrote about each native part: how it was built, or why it was skipped."""
+    try:
+        return json.loads((_HERE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {"C++": "not built", "CUDA C++": "not built"}
+
+
+@functools.cache
+def _cpu_library() -> Any:
+    """The loaded library, or the reason why there is none."""
+    return _load_library(_LIBRARIES["cpu"], _build_report().get("C++", "not built"))
+
+
+@functools.cache
+def _cuda_library() -> Any:
+    return _load_library(_LIBRARIES["cuda"], _build_report().get("CUDA C++", "not built"))
+
+
+def _load_library(path: Path, reason: str) -> Any:
+    if not path.exists():
+        return reason
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"could not be loaded: {error}"
+
+
+@functools.cache
+def _cpu_kernels() -> frozenset[str]:
+    if isinstance(_cpu_library(), str):
+        return frozenset()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(name for name in REGISTRY if has(f"tersor::{name}", "CPU"))
+
+
+@functools.cache
+def _cuda_places() -> frozenset[str]:
+    return frozenset(_build_report().get("CUDA C++ kernels", "").split())
+
+
+@functools.cache
+def _introspection() -> Any:
+    """The pybind11 module with build facts and the instruction-set switch; None where it was not built."""
+    try:
+        return importlib.import_module("tersor._native")
+    except ImportError:
+        return None
+
+
+def _no_gpu() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+@functools.cache
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_module(op: Operator) -> str:
+    return "tersor.triton_kernels." + op.place.replace("/", ".")
+
+
+def _triton_launcher(op: Operator) -> Callable[..., Any]:
+    return getattr(importlib.import_module(_triton_module(op)), op.name)

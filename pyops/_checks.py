@@ -1,0 +1,50 @@
+"""Argument checks shared by the operators: each error names the operator, the argument, what came and what may."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def as_int(where: str, **argument: Any) -> int:
+    """The one named argument as an int; bool and float are refused."""
+    ((name, value),) = argument.items()
+    if isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be an int, got bool")
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}") from None
+
+
+def check_floating(where: str, **tensors: Any) -> None:
+    """Every named argument is a strided floating-point tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{where}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{where}: {name} must be a strided tensor, got {tensor.layout}")
+
+
+def check_same(where: str, **tensors: torch.Tensor) -> None:
+    """All named tensors have the first one's shape, dtype and device."""
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{where}: {name} must have the shape of {first_name} {tuple(first.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{where}: {name} must have the dtype of {first_name} {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{where}: {name} must be on the device of {first_name} {first.device}, got {tensor.device}"
+            )
