@@ -23,11 +23,11 @@ CSRC = ROOT / "csrc"
 TORCH_MINIMUM = (2, 11)
 # IEEE arithmetic, the same on every instruction set: no contraction to fused multiply-add, no fast-math.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-CXX_FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+CXX_FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-pragmas"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
-class Skipped(Exception):
+class SkippedError(Exception):
     """A part that cannot be built here, with the reason in plain words."""
 
 
@@ -45,7 +45,7 @@ def torch_flags(torch):
     """Include folders and the oldest torch whose ABI the libraries are to run with."""
     folder, version = torch
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < TORCH_MINIMUM:
-        raise Skipped(f"torch {version} is older than {'.'.join(map(str, TORCH_MINIMUM))}")
+        raise SkippedError(f"torch {version} is older than {'.'.join(map(str, TORCH_MINIMUM))}")
     include = folder / "include"
     target = f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000ULL"
     return [f"-I{CSRC}", "-isystem", str(include), f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
@@ -64,7 +64,7 @@ def cuda_architectures():
     flags = []
     for entry in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"):
         if not (match := re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)):
-            raise Skipped(f"TORCH_CUDA_ARCH_LIST entry {entry!r} is not of the form 9.0 or 9.0+PTX")
+            raise SkippedError(f"TORCH_CUDA_ARCH_LIST entry {entry!r} is not of the form 9.0 or 9.0+PTX")
         number = f"{match[1]}{match[2]}{match[3]}"
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[4]:
@@ -88,7 +88,7 @@ class BuildNative(build_ext):
         ):
             try:
                 self.report[part] = build()
-            except Skipped as reason:
+            except SkippedError as reason:
                 self.report[part] = f"not built: {reason}"
         (self.package / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
         summary = "; ".join(f"{part} {said}" for part, said in self.report.items())
@@ -104,7 +104,7 @@ class BuildNative(build_ext):
     def build_cpu(self):
         compiler, torch = self.need_compiler(), self.need_torch()
         flags = [*CXX_FLAGS, *torch_flags(torch), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        sources = sorted(CSRC.glob("*/*.cpp")) + [CSRC / "isa.cpp"]
+        sources = [*sorted(CSRC.glob("*/*.cpp")), CSRC / "isa.cpp"]
         objects = self.compile_all([*compiler, *flags], sources)
         library = self.package / "libtersor_cpu.so"
         link = [*compiler, "-shared", *map(str, objects), "-o", str(library), f"-Wl,-soname,{library.name}"]
@@ -117,14 +117,14 @@ class BuildNative(build_ext):
         compiler = self.need_compiler()
         library = self.package / "libtersor_cpu.so"
         if not self.report["C++"].startswith("built"):
-            raise Skipped("it describes the C++ library")
+            raise SkippedError("it describes the C++ library")
         try:
             import pybind11
         except ImportError:
-            raise Skipped("pybind11 is not installed") from None
+            raise SkippedError("pybind11 is not installed") from None
         headers = sysconfig.get_path("include")
         if not (Path(headers) / "Python.h").is_file():
-            raise Skipped("Python.h is not installed")
+            raise SkippedError("Python.h is not installed")
         flags = [*CXX_FLAGS, f"-I{CSRC}", "-isystem", pybind11.get_include(), "-isystem", headers]
         objects = self.compile_all([*compiler, *flags], [CSRC / "native.cpp"])
         module = self.package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -135,13 +135,13 @@ class BuildNative(build_ext):
     def build_cuda(self):
         wanted = os.environ.get("TERSOR_CUDA", "auto")
         if wanted == "0":
-            raise Skipped("TERSOR_CUDA=0")
+            raise SkippedError("TERSOR_CUDA=0")
         compiler, torch, nvcc = self.need_compiler(), self.need_torch(), find_nvcc()
         if nvcc is None:
-            raise Skipped("nvcc was not found")
+            raise SkippedError("nvcc was not found")
         torch_has_cuda = (torch[0] / "lib" / "libtorch_cuda.so").is_file()
         if not torch_has_cuda and wanted != "1":
-            raise Skipped("this torch is built without CUDA (TERSOR_CUDA=1 builds all the same)")
+            raise SkippedError("this torch is built without CUDA (TERSOR_CUDA=1 builds all the same)")
         sources = sorted(CSRC.glob("*/*.cu"))
         flags = [*NVCC_FLAGS, *cuda_architectures(), *torch_flags(torch), "-DUSE_CUDA", "-ccbin", compiler[0]]
         objects = self.compile_all([nvcc, *flags], sources)
@@ -154,19 +154,19 @@ class BuildNative(build_ext):
 
     def need_torch(self):
         if os.environ.get("TERSOR_NATIVE") == "0":
-            raise Skipped("TERSOR_NATIVE=0")
+            raise SkippedError("TERSOR_NATIVE=0")
         if (torch := find_torch()) is None:
-            raise Skipped("torch was not installed when tersor was built")
+            raise SkippedError("torch was not installed when tersor was built")
         return torch
 
     def need_compiler(self):
         if sys.platform != "linux":
-            raise Skipped(f"the native kernels are built on Linux only, this is {sys.platform}")
+            raise SkippedError(f"the native kernels are built on Linux only, this is {sys.platform}")
         named = shlex.split(os.environ.get("CXX", ""))
         found = [named] if named else [[name] for name in ("g++", "c++", "clang++")]
         compiler = next((c for c in found if shutil.which(c[0])), None)
         if compiler is None:
-            raise Skipped(f"no C++ compiler ({', '.join(c[0] for c in found)}) was found")
+            raise SkippedError(f"no C++ compiler ({', '.join(c[0] for c in found)}) was found")
         return compiler
 
     def compile_all(self, command, sources):
@@ -184,13 +184,13 @@ class BuildNative(build_ext):
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for job, error in zip(jobs, pool.map(lambda job: self.execute(job[0]), jobs), strict=True):
                 if error:
-                    raise Skipped(f"compiling {job[1].stem} failed: {error}")
+                    raise SkippedError(f"compiling {job[1].stem} failed: {error}")
                 job[2].write_text(job[0])
         return [self.objects / s.relative_to(CSRC).with_suffix(s.suffix + ".o") for s in sources]
 
     def execute_link(self, target, command):
         if error := self.execute(shlex.join(command)):
-            raise Skipped(f"linking {target.name} failed: {error}")
+            raise SkippedError(f"linking {target.name} failed: {error}")
         self.outputs.append(str(target))
 
     @staticmethod

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -27,8 +28,9 @@ from tersor._verified import VERIFIED
 BACKENDS = ("native", "triton", "reference")
 DEVICES = ("cpu", "cuda")
 _HERE = Path(__file__).parent
-_LIBRARIES = {"cpu": _HERE / "libtersor_cpu.so", "cuda": _HERE / "libtersor_cuda.so"}
-_ENVIRONMENT = "TERSOR_BACKEND"
+_FORCE = "TERSOR_BACKEND"
+_ISA = "TERSOR_CPU_ISA"
+_ISA_LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 _forced: str | None = None
 _chosen: dict[tuple[str, str], str] = {}
@@ -117,12 +119,15 @@ def facts() -> list[str]:
 
 def load() -> None:
     """Loads the CPU library and applies ``TERSOR_BACKEND``; called once, at import. Touches no driver."""
+    level = os.environ.get(_ISA) or _ISA_LEVELS[0]
+    if level not in _ISA_LEVELS:
+        raise ValueError(f"{_ISA} must be one of {', '.join(_ISA_LEVELS)}, got {level!r}")
     _cpu_library()
-    forced = os.environ.get(_ENVIRONMENT) or None
+    forced = os.environ.get(_FORCE) or None
     if forced is not None and forced not in BACKENDS:
-        raise ValueError(f"{_ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {forced!r}")
+        raise ValueError(f"{_FORCE} must be one of {', '.join(BACKENDS)}, got {forced!r}")
     if forced and (reasons := _unusable(forced)):
-        warnings.warn(f"{_ENVIRONMENT}={forced} has no effect: {reasons}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{_FORCE}={forced} has no effect: {reasons}", RuntimeWarning, stacklevel=3)
         forced = None
     _force(forced)
 
@@ -185,7 +190,7 @@ def _refusal(op: Operator, device: str, name: str) -> str | None:
             return library
         return None if op.name in _cpu_kernels() else "no C++ kernel"
     reason = _build_report().get("CUDA C++", "not built")
-    if not _LIBRARIES["cuda"].exists():
+    if not _library_path("cuda").exists():
         return reason
     return None if op.place in _cuda_places() else "no CUDA C++ kernel"
 
@@ -252,11 +257,20 @@ def _dtypes(backend: str, device: str) -> str:
     return "f16 bf16 f32 f64"
 
 
+def _native_folder() -> Path:
+    """Where the native libraries lie: in the package, or where a sanitizer build was put."""
+    return Path(os.environ.get("TERSOR_NATIVE_DIR") or _HERE)
+
+
+def _library_path(device: str) -> Path:
+    return _native_folder() / f"libtersor_{device}.so"
+
+
 @functools.cache
 def _build_report() -> dict[str, str]:
     """What setup.py wrote about each native part: how it was built, or why it was skipped."""
     try:
-        return json.loads((_HERE / "_build.json").read_text())
+        return json.loads((_native_folder() / "_build.json").read_text())
     except (OSError, ValueError):
         return {"C++": "not built", "CUDA C++": "not built"}
 
@@ -264,12 +278,12 @@ def _build_report() -> dict[str, str]:
 @functools.cache
 def _cpu_library() -> Any:
     """The loaded library, or the reason why there is none."""
-    return _load_library(_LIBRARIES["cpu"], _build_report().get("C++", "not built"))
+    return _load_library(_library_path("cpu"), _build_report().get("C++", "not built"))
 
 
 @functools.cache
 def _cuda_library() -> Any:
-    return _load_library(_LIBRARIES["cuda"], _build_report().get("CUDA C++", "not built"))
+    return _load_library(_library_path("cuda"), _build_report().get("CUDA C++", "not built"))
 
 
 def _load_library(path: Path, reason: str) -> Any:
@@ -297,10 +311,14 @@ def _cuda_places() -> frozenset[str]:
 @functools.cache
 def _introspection() -> Any:
     """The pybind11 module with build facts and the instruction-set switch; None where it was not built."""
-    try:
-        return importlib.import_module("tersor._native")
-    except ImportError:
-        return None
+    for path in sorted(_native_folder().glob(f"_native*{importlib.machinery.EXTENSION_SUFFIXES[0]}")):
+        spec = importlib.util.spec_from_file_location("tersor._native", path)
+        if spec is not None and spec.loader is not None:
+            with contextlib.suppress(ImportError):
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module
+    return None
 
 
 def _no_gpu() -> str | None:
@@ -323,4 +341,10 @@ def _triton_module(op: Operator) -> str:
 
 
 def _triton_launcher(op: Operator) -> Callable[..., Any]:
-    return getattr(importlib.import_module(_triton_module(op)), op.name)
+    """The launcher; float64 goes to the reference, since the Triton kernels accumulate in float32."""
+    launch = getattr(importlib.import_module(_triton_module(op)), op.name)
+
+    def launch_or_refer(first: torch.Tensor, *args: Any) -> Any:
+        return (op.reference if first.dtype == torch.float64 else launch)(first, *args)
+
+    return launch_or_refer

@@ -112,7 +112,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 def autocast_tensors(device_type: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on for the device, else as they are."""
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

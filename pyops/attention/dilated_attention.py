@@ -207,7 +207,8 @@ def _reference(
         p = d * (kernel_size - 1) // 2
         k, v = (_taps(F.pad(x, (0, 0, 0, 0, p, p, p, p)), kernel_size, d, height, width) for x in (k, v))
         scores = scale * (q * k).sum(-1)
-        logsumexps.append(scores.logsumexp(0))
+        largest = scores.amax(0)  # torch.logsumexp would give inf where softmax gives NaN
+        logsumexps.append(largest + (scores - largest).exp().sum(0).log())
         outputs.append((scores.softmax(0).unsqueeze(-1) * v).sum(0))
     logsumexp = torch.cat(logsumexps, dim=3).permute(0, 3, 1, 2).contiguous()
     return torch.cat(outputs, dim=3).to(query.dtype), logsumexp

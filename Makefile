@@ -1,0 +1,48 @@
+# Every target prepares .venv by itself and is quick the second time. On a machine without a GPU, install the CPU
+# build of torch into .venv first if your package index serves it; otherwise the default build is fetched.
+PYTHON ?= python3
+PY := .venv/bin/python
+SOURCES := $(shell find csrc -type f)
+TEST_OPTIONS ?= -n 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench gpu lint wheel clean
+
+demo: .venv/native
+	$(PY) -m tersor.models.train_digits --output demo
+
+test: .venv/native
+	OMP_NUM_THREADS=2 $(PY) -m pytest $(TEST_OPTIONS) tests
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) -k triton \
+	    tests/attention tests/test_conformance.py tests/test_parity.py
+
+bench: .venv/native
+	$(PY) bench/run.py
+
+# On a CUDA machine, with the python that holds its torch (no virtual environment, no network).
+gpu:
+	$(PYTHON) bench/gpu.py
+
+lint: .venv/native
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	mkdir -p build/mypy/tersor  # the folders under the one import name that the type checker has to see
+	ln -sfn $(CURDIR)/pyops/* $(CURDIR)/models $(CURDIR)/triton_kernels build/mypy/tersor/
+	MYPYPATH=build/mypy $(PY) -m mypy -p tersor
+
+wheel: .venv/native
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist *.egg-info pyops/*.so pyops/_build.json
+
+# torch comes first and alone, so that no other requirement picks its version.
+.venv/ready: constraints.txt pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt torch setuptools wheel pybind11
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+.venv/native: .venv/ready $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@

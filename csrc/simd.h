@@ -1,0 +1,312 @@
+// Vectors of float or double for one instruction set. foreach_isa.h includes this file once per level, inside that
+// level's target; everything is always_inline, so no symbol built for a higher level can be linked into a lower one.
+
+namespace tersor {
+namespace TERSOR_ISA {
+
+#define TERSOR_INLINE static inline __attribute__((always_inline))
+
+template <class A>
+struct Simd {
+  static constexpr int lanes = TERSOR_VECTOR_BYTES / sizeof(A);
+  typedef A Vec __attribute__((vector_size(TERSOR_VECTOR_BYTES)));
+  typedef A Loose __attribute__((vector_size(TERSOR_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+  using Whole = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef Whole Mask __attribute__((vector_size(TERSOR_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename Simd<A>::Vec;
+
+template <class A>
+TERSOR_INLINE Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename Simd<A>::Loose*>(p);
+}
+
+template <class A>
+TERSOR_INLINE void store(A* p, Vec<A> v) {
+  *reinterpret_cast<typename Simd<A>::Loose*>(p) = v;
+}
+
+template <class A>
+TERSOR_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};
+}
+
+// a * b + c in one rounding where the level has the instruction: call it only where the last bit is free.
+template <class A>
+TERSOR_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else return (Vec<A>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif TERSOR_ISA_LEVEL == 1
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else return (Vec<A>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class A>
+TERSOR_INLINE Vec<A> max(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+// The first `count` lanes of v, zero in the others.
+template <class A>
+TERSOR_INLINE Vec<A> keep_first(Vec<A> v, int count) {
+  typename Simd<A>::Mask index;
+  for (int i = 0; i < Simd<A>::lanes; ++i) index[i] = i;
+  return index < typename Simd<A>::Whole(count) ? v : Vec<A>{};
+}
+
+template <class A>
+TERSOR_INLINE Vec<A> load_first(const A* p, int count) {
+  if (count >= Simd<A>::lanes) return load(p);
+  Vec<A> v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class A>
+TERSOR_INLINE void store_first(A* p, Vec<A> v, int count) {
+  if (count >= Simd<A>::lanes) return store<A>(p, v);
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// exp to 2 units in the last place; NaN stays NaN, underflow gives 0, overflow infinity.
+TERSOR_INLINE Vec<float> exp(Vec<float> x) {
+  using Mask = Simd<float>::Mask;
+  x = x < -104.0f ? splat(-104.0f) : x;
+  x = x > 89.0f ? splat(89.0f) : x;
+  // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
+  const Vec<float> shifted = fma<float>(x, splat(1.44269504f), splat(12582912.0f));
+  const Vec<float> n = shifted - 12582912.0f;
+  Vec<float> r = fma<float>(n, splat(-0.693359375f), x);  // ln 2 in two parts: the first product is exact
+  r = fma<float>(n, splat(2.12194440e-4f), r);
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = fma<float>(p, r, splat(1.3981999507e-3f));
+  p = fma<float>(p, r, splat(8.3334519073e-3f));
+  p = fma<float>(p, r, splat(4.1665795894e-2f));
+  p = fma<float>(p, r, splat(1.6666665459e-1f));
+  p = fma<float>(p, r, splat(5.0000001201e-1f));
+  p = fma<float>(p, r * r, r) + 1.0f;
+  // 2^n in two factors, since n runs from -150 to 128 and one exponent field does not.
+  const Mask whole = (Mask)shifted - 0x4b400000;
+  const Mask half = whole >> 1;
+  return p * (Vec<float>)((half + 127) << 23) * (Vec<float>)((whole - half + 127) << 23);
+}
+
+// log of a normal positive number to 2 units in the last place; NaN stays NaN.
+TERSOR_INLINE Vec<float> log(Vec<float> x) {
+  using Mask = Simd<float>::Mask;
+  const Mask exponent = (((Mask)x - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  const Vec<float> m = (Vec<float>)((Mask)x - (exponent << 23)) - 1.0f;
+  const Vec<float> n = __builtin_convertvector(exponent, Vec<float>);
+  Vec<float> p = splat(7.0376836292e-2f);
+  p = fma<float>(p, m, splat(-1.1514610310e-1f));
+  p = fma<float>(p, m, splat(1.1676998740e-1f));
+  p = fma<float>(p, m, splat(-1.2420140846e-1f));
+  p = fma<float>(p, m, splat(1.4249322787e-1f));
+  p = fma<float>(p, m, splat(-1.6668057665e-1f));
+  p = fma<float>(p, m, splat(2.0000714765e-1f));
+  p = fma<float>(p, m, splat(-2.4999993993e-1f));
+  p = fma<float>(p, m, splat(3.3333331174e-1f));
+  const Vec<float> square = m * m;
+  Vec<float> r = fma<float>(n, splat(-2.12194440e-4f), p * m * square);
+  r = fma<float>(square, splat(-0.5f), r) + m;
+  r = fma<float>(n, splat(0.693359375f), r);
+  return x == x ? r : x;
+}
+
+// float64 serves gradient checks, not speed.
+TERSOR_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+TERSOR_INLINE Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+// The bits of v rounded to bfloat16, to nearest with ties to even, in the low half of each lane.
+TERSOR_INLINE Simd<float>::Mask to_bfloat16(Vec<float> v) {
+  using Mask = Simd<float>::Mask;
+  const Mask bits = (Mask)v;
+  const Mask rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+  return v == v ? rounded : Mask{} + 0x7fc0;
+}
+
+// ---- Tokens: `lanes` consecutive positions, each with its channels side by side in memory ----
+// Four channels of all of them become four vectors, one per channel. Quarter i of a row holds four channels of one
+// token (i, i + 4, ...), so that a 4 x 4 transposition inside each 128-bit part is all the shuffling there is.
+
+template <class V, int... I>
+TERSOR_INLINE void transpose_quarters(V r[4], std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+#if defined(__clang__)
+#define TERSOR_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, index...)
+#else
+  typedef int32_t Index __attribute__((vector_size(n * 4)));
+#define TERSOR_SHUFFLE(a, b, index) __builtin_shuffle(a, b, Index{index...})
+#endif
+  // Index i counts the lanes of a, then (from n on) those of b; q is the 128-bit part, k the place in it.
+  const V low01 = TERSOR_SHUFFLE(r[0], r[1], (I / 4 * 4 + I % 4 / 2 + (I % 2) * n));
+  const V high01 = TERSOR_SHUFFLE(r[0], r[1], (I / 4 * 4 + 2 + I % 4 / 2 + (I % 2) * n));
+  const V low23 = TERSOR_SHUFFLE(r[2], r[3], (I / 4 * 4 + I % 4 / 2 + (I % 2) * n));
+  const V high23 = TERSOR_SHUFFLE(r[2], r[3], (I / 4 * 4 + 2 + I % 4 / 2 + (I % 2) * n));
+  r[0] = TERSOR_SHUFFLE(low01, low23, (I / 4 * 4 + I % 2 + (I % 4 / 2) * n));
+  r[1] = TERSOR_SHUFFLE(low01, low23, (I / 4 * 4 + 2 + I % 2 + (I % 4 / 2) * n));
+  r[2] = TERSOR_SHUFFLE(high01, high23, (I / 4 * 4 + I % 2 + (I % 4 / 2) * n));
+  r[3] = TERSOR_SHUFFLE(high01, high23, (I / 4 * 4 + 2 + I % 2 + (I % 4 / 2) * n));
+#undef TERSOR_SHUFFLE
+}
+
+TERSOR_INLINE void transpose_quarters(Vec<float> r[4]) {
+  transpose_quarters(r, std::make_integer_sequence<int, Simd<float>::lanes>{});
+}
+
+// Four channels of one token are a quarter. gather_quarters: quarter i of the result is the four channels at p[i].
+#if TERSOR_ISA_LEVEL == 2
+TERSOR_INLINE Vec<float> gather_quarters(const float* const p[4]) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p[0]));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p[1]), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p[2]), 2);
+  return (Vec<float>)_mm512_insertf32x4(v, _mm_loadu_ps(p[3]), 3);
+}
+template <class T>
+TERSOR_INLINE __m256i gather_words(const T* const p[4]) {
+  int64_t q[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&q[i], p[i], 8);
+  return _mm256_set_epi64x(q[3], q[2], q[1], q[0]);
+}
+TERSOR_INLINE Vec<float> gather_quarters(const Half* const p[4]) { return (Vec<float>)_mm512_cvtph_ps(gather_words(p)); }
+TERSOR_INLINE Vec<float> gather_quarters(const BFloat16* const p[4]) {
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(gather_words(p)), 16);
+}
+TERSOR_INLINE void put_quarter(float* p, Vec<float> v, int i) {
+  const __m512 all = (__m512)v;
+  const __m128 one = i == 0   ? _mm512_castps512_ps128(all)
+                     : i == 1 ? _mm512_extractf32x4_ps(all, 1)
+                     : i == 2 ? _mm512_extractf32x4_ps(all, 2)
+                              : _mm512_extractf32x4_ps(all, 3);
+  _mm_storeu_ps(p, one);
+}
+TERSOR_INLINE void put_words(void* p, __m256i v, int i) {
+  const __m128i half = i < 2 ? _mm256_castsi256_si128(v) : _mm256_extracti128_si256(v, 1);
+  _mm_storel_epi64(static_cast<__m128i*>(p), i % 2 ? _mm_unpackhi_epi64(half, half) : half);
+}
+TERSOR_INLINE void put_quarter(Half* p, Vec<float> v, int i) {
+  put_words(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), i);
+}
+TERSOR_INLINE void put_quarter(BFloat16* p, Vec<float> v, int i) {
+  put_words(p, _mm512_cvtepi32_epi16((__m512i)to_bfloat16(v)), i);
+}
+#elif TERSOR_ISA_LEVEL == 1
+TERSOR_INLINE Vec<float> gather_quarters(const float* const p[2]) {
+  return (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[0])), _mm_loadu_ps(p[1]), 1);
+}
+template <class T>
+TERSOR_INLINE __m128i gather_words(const T* const p[2]) {
+  return _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[0])),
+                            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[1])));
+}
+TERSOR_INLINE Vec<float> gather_quarters(const Half* const p[2]) { return (Vec<float>)_mm256_cvtph_ps(gather_words(p)); }
+TERSOR_INLINE Vec<float> gather_quarters(const BFloat16* const p[2]) {
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(gather_words(p)), 16);
+}
+TERSOR_INLINE void put_quarter(float* p, Vec<float> v, int i) {
+  _mm_storeu_ps(p, i == 0 ? _mm256_castps256_ps128((__m256)v) : _mm256_extractf128_ps((__m256)v, 1));
+}
+TERSOR_INLINE void put_words(void* p, __m128i v, int i) {
+  _mm_storel_epi64(static_cast<__m128i*>(p), i ? _mm_unpackhi_epi64(v, v) : v);
+}
+TERSOR_INLINE void put_quarter(Half* p, Vec<float> v, int i) {
+  put_words(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), i);
+}
+TERSOR_INLINE void put_quarter(BFloat16* p, Vec<float> v, int i) {
+  const __m256i words = (__m256i)to_bfloat16(v);
+  put_words(p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)), i);
+}
+#else
+template <class T>
+TERSOR_INLINE Vec<float> gather_quarters(const T* const p[1]) {
+  Vec<float> v;
+  for (int i = 0; i < 4; ++i) v[i] = static_cast<float>(p[0][i]);
+  return v;
+}
+template <class T>
+TERSOR_INLINE void put_quarter(T* p, Vec<float> v, int) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<T>(v[i]);
+}
+#endif
+
+// out[i] = channel i of `tokens` tokens that lie `stride` apart; zero beyond `tokens` and `channels`.
+template <class T>
+TERSOR_INLINE void load_tokens(const T* p, int64_t stride, int tokens, int channels, Vec<float> out[4]) {
+  constexpr int lanes = Simd<float>::lanes, parts = lanes / 4;
+  if (__builtin_expect(channels < 4, 0)) {
+    for (int i = 0; i < 4; ++i) {
+      out[i] = Vec<float>{};
+      if (i >= channels) continue;
+      for (int t = 0; t < std::min(tokens, lanes); ++t) out[i][t] = static_cast<float>(p[t * stride + i]);
+    }
+    return;
+  }
+  const T* token[parts];
+  if (__builtin_expect(tokens >= lanes, 1)) {
+    const int64_t step = 4 * stride;  // written so that every address is a base and one scaled register
+    for (int i = 0; i < 4; ++i, p += stride) {
+      for (int part = 0; part < parts; ++part) token[part] = p + part * step;
+      out[i] = gather_quarters(token);
+    }
+    return transpose_quarters(out);
+  }
+  for (int i = 0; i < 4; ++i) {  // the last token stands in for those beyond it, and is masked out again
+    for (int part = 0; part < parts; ++part) token[part] = p + std::min(4 * part + i, tokens - 1) * stride;
+    out[i] = gather_quarters(token);
+  }
+  transpose_quarters(out);
+  for (int i = 0; i < 4; ++i) out[i] = keep_first<float>(out[i], tokens);
+}
+
+template <class T>
+TERSOR_INLINE void store_tokens(T* p, int64_t stride, int tokens, int channels, Vec<float> v[4]) {
+  constexpr int lanes = Simd<float>::lanes, parts = lanes / 4;
+  if (__builtin_expect(channels < 4, 0)) {
+    for (int i = 0; i < channels; ++i) {
+      for (int t = 0; t < std::min(tokens, lanes); ++t) p[t * stride + i] = static_cast<T>(v[i][t]);
+    }
+    return;
+  }
+  transpose_quarters(v);
+  if (__builtin_expect(tokens >= lanes, 1)) {
+    const int64_t step = 4 * stride;
+    for (int i = 0; i < 4; ++i, p += stride) {
+      for (int part = 0; part < parts; ++part) put_quarter(p + part * step, v[i], part);
+    }
+    return;
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int part = 0; part < parts; ++part) {
+      if (4 * part + i < tokens) put_quarter(p + (4 * part + i) * stride, v[i], part);
+    }
+  }
+}
+
+TERSOR_INLINE void load_tokens(const double* p, int64_t stride, int tokens, int channels, Vec<double> out[4]) {
+  for (int i = 0; i < 4; ++i) {
+    out[i] = Vec<double>{};
+    if (i >= channels) continue;
+    for (int t = 0; t < std::min(tokens, Simd<double>::lanes); ++t) out[i][t] = p[t * stride + i];
+  }
+}
+
+TERSOR_INLINE void store_tokens(double* p, int64_t stride, int tokens, int channels, Vec<double> v[4]) {
+  for (int i = 0; i < std::min(channels, 4); ++i) {
+    for (int t = 0; t < std::min(tokens, Simd<double>::lanes); ++t) p[t * stride + i] = v[i][t];
+  }
+}
+
+}  // namespace TERSOR_ISA
+}  // namespace tersor

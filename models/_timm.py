@@ -1,0 +1,55 @@
+"""Registration of the variants with timm, under ``tersor_`` and their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from tersor.models import dilateformer
+
+__all__: list[str] = []  # timm's register_model appends to it
+
+
+def register_timm() -> list[str]:
+    """Makes every variant known to ``timm.create_model``; calling it again changes nothing.
+
+    Returns:
+        The names, such as ``"tersor_dilateformer_tiny"``.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    try:
+        from timm.models import register_model
+    except ImportError as error:
+        raise ImportError(f'register_timm needs timm ({error}): pip install "tersor[timm]"') from error
+    __all__.clear()
+    for entry in _ENTRIES.values():
+        register_model(entry)
+    return list(_ENTRIES)
+
+
+def _entry(variant: str) -> Callable[..., nn.Module]:
+    build = getattr(dilateformer, variant)
+
+    def entry(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
+        drop_path_rate: float | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"tersor_{variant}: no pretrained weights are hosted; use tersor.models.load_checkpoint")
+        if drop_path_rate is not None:
+            options["drop_path"] = drop_path_rate
+        return build(**options)
+
+    entry.__name__ = entry.__qualname__ = f"tersor_{variant}"
+    entry.__doc__ = f"tersor.models.{variant} with timm's argument names (drop_path_rate for drop_path)."
+    return entry
+
+
+_ENTRIES = {f"tersor_{variant}": _entry(variant) for variant in dilateformer.VARIANTS}

@@ -1,0 +1,173 @@
+"""Blocks shared by the models, and loading of checkpoints.
+
+Maps travel as ``(B, C, H, W)`` tensors in channels-last memory, so that the ``(B, H, W, C)`` view that norms, linear
+layers and attention want costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the branch of whole samples with probability ``rate`` in training.
+
+    What is kept is scaled by ``1 / (1 - rate)``. Dimension 0 is the batch.
+
+    Raises:
+        ValueError: ``rate`` is not in [0, 1).
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"DropPath: rate must be in [0, 1), got {rate}")
+        self.rate = float(rate)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return input
+        keep = 1 - self.rate
+        mask = input.new_empty((input.shape[0],) + (1,) * (input.dim() - 1)).bernoulli_(keep)
+        return input * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear over the last dimension: ``(..., dim)`` to ``(..., dim)``."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(input)))
+
+
+class GlobalAttention(nn.Module):
+    """Self-attention over all positions of a map: ``(B, H, W, dim)`` to ``(B, H, W, dim)``.
+
+    Args:
+        dim: channels, a multiple of ``num_heads``.
+        num_heads: heads.
+        qkv_bias: whether the fused projection has a bias.
+        qk_scale: factor on the scores; ``None`` or 0 means ``(dim // num_heads) ** -0.5``.
+
+    Raises:
+        ValueError: ``dim`` is not a positive multiple of ``num_heads``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, qk_scale: float | None = None) -> None:
+        super().__init__()
+        if num_heads < 1 or dim < 1 or dim % num_heads:
+            raise ValueError(f"GlobalAttention: dim ({dim}) must be a positive multiple of num_heads ({num_heads})")
+        self.num_heads = num_heads
+        self.scale = float(qk_scale or (dim // num_heads) ** -0.5)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch, height, width, dim = input.shape
+        qkv = self.qkv(input).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, H * W, head_dim] each
+        output = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return self.proj(output.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+class AttentionBlock(nn.Module):
+    """Position convolution, attention and MLP, each a residual branch: ``(B, dim, H, W)`` to ``(B, dim, H, W)``.
+
+    Args:
+        dim: channels.
+        attention: a module from ``(B, H, W, dim)`` to ``(B, H, W, dim)``.
+        mlp_ratio: hidden channels of the MLP as a multiple of ``dim``.
+        drop_path: stochastic-depth rate of the attention and MLP branches.
+        position: whether the block has the depth-wise 3x3 convolution in front (conditional position encoding).
+        eps: of the layer norms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        position: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if position else None
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.pos_embed is None else input + self.pos_embed(input)
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear weights from a normal distribution of deviation 0.02, biases 0; for ``nn.Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)  # cut at +-2 absolute, as in DeiT: 100 deviations away
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any], ema: bool = False) -> None:
+    """Loads weights into ``model``, with every key accounted for, and runs no code from the file.
+
+    Args:
+        model: receives the weights in place.
+        source: a ``.safetensors`` file, a file written by ``torch.save`` (read with ``weights_only=True``), or what
+            such a file holds: a state dict, or a dict with one under ``"model"`` or ``"model_ema"``.
+        ema: take the averaged weights under ``"model_ema"``; without it they are taken only if nothing else is there.
+
+    Raises:
+        TypeError: ``source`` is neither a path nor a mapping.
+        ValueError: no state dict is found in ``source``.
+        RuntimeError: keys or shapes do not match the model's.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = _read(os.fspath(source))
+    if not isinstance(source, Mapping):
+        raise TypeError(f"load_checkpoint: source must be a path or a dict, got {type(source).__name__}")
+    if ema and "model_ema" not in source:
+        raise ValueError("load_checkpoint: ema=True, but there is nothing under 'model_ema'")
+    wrappers = ("model_ema",) if ema else ("model", "model_ema")
+    name = next((key for key in wrappers if isinstance(source.get(key), Mapping)), None)
+    state = source if name is None else source[name]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            "load_checkpoint: source must be a state dict or hold one under 'model' or 'model_ema', "
+            f"got keys {', '.join(map(str, list(source)[:5])) or '(none)'}"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def _read(path: str) -> Any:
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError('reading .safetensors files needs: pip install "tersor[demo]"') from None
+        return load_file(path)
+    # Training scripts store their options as a Namespace next to the weights: plain attributes, nothing is run.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)

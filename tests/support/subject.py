@@ -1,0 +1,69 @@
+"""What an operator's own test file tells the conformance tests: how to call it, and with what."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One public function that is built on registered operators.
+
+    Attributes:
+        function: the public function; its tensor arguments come first.
+        exact: the same function in plain torch, differentiable, correct in float64.
+        inputs: ``(size, dtype, device) -> tensors``; ``size`` is one of ``sizes``, and equal sizes must give tensors
+            of the same shape. Values come from torch's generator.
+        options: arguments after the tensors.
+        operators: names of the registered operators that it runs, forward first.
+        raw: ``(operator name, size, dtype, device) -> arguments`` of a direct call of an operator.
+        sizes: small shapes, the first one the plainest; all must have the same number of dimensions.
+        dtypes: floating-point types that every backend takes; float64 as well on the CPU.
+    """
+
+    function: Callable[..., torch.Tensor]
+    exact: Callable[..., torch.Tensor]
+    inputs: Callable[[Any, torch.dtype, str], tuple[torch.Tensor, ...]]
+    options: tuple[Any, ...]
+    operators: tuple[str, ...]
+    raw: Callable[[str, Any, torch.dtype, str], tuple[Any, ...]]
+    sizes: Sequence[Any]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.function(*tensors, *self.options)
+
+    def make(
+        self, dtype: torch.dtype, device: str, *, size: Any = None, requires_grad: bool = True
+    ) -> tuple[torch.Tensor, ...]:
+        tensors = self.inputs(self.sizes[0] if size is None else size, dtype, device)
+        return tuple(t.detach().requires_grad_(requires_grad) for t in tensors)
+
+    def __repr__(self) -> str:
+        return self.function.__name__
+
+
+def load_test_module(place: str) -> ModuleType:
+    """The test file of the operator at ``place``: the house rule is the wiring."""
+    family, name = place.split("/")
+    path = TESTS / family / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"subject_{family}_{name}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise FileNotFoundError(f"operator {place} has no {path.relative_to(TESTS.parent)}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true")
