@@ -308,5 +308,45 @@ TERSOR_INLINE void store_tokens(double* p, int64_t stride, int tokens, int chann
   }
 }
 
+// `lanes` tokens of one head, transposed: channel c goes to plane + c * plane_stride. Sizes come by value, since a
+// vector store may alias anything that is read through a reference.
+template <class T, class A>
+TERSOR_INLINE void transpose_in(const T* token, int64_t token_stride, int tokens, int64_t head_dim, A* plane,
+                                int64_t plane_stride) {
+  Vec<A> v[4];
+  int64_t c = 0;
+  for (; c + 4 <= head_dim; c += 4, plane += 4 * plane_stride) {
+    load_tokens(token + c, token_stride, tokens, 4, v);
+    store<A>(plane, v[0]), store<A>(plane + plane_stride, v[1]);
+    store<A>(plane + 2 * plane_stride, v[2]), store<A>(plane + 3 * plane_stride, v[3]);
+  }
+  if (c == head_dim) return;
+  load_tokens(token + c, token_stride, tokens, static_cast<int>(head_dim - c), v);
+  for (int i = 0; c + i < head_dim; ++i) store<A>(plane + i * plane_stride, v[i]);
+}
+
+template <class T, class A>
+TERSOR_INLINE void transpose_out(T* token, int64_t token_stride, int tokens, int64_t head_dim, const A* block,
+                                 Vec<A> factor) {
+  constexpr int lanes = Simd<A>::lanes;
+  for (int64_t c = 0; c < head_dim; c += 4, block += 4 * lanes) {
+    Vec<A> v[4] = {load(block) * factor, load(block + lanes) * factor, load(block + 2 * lanes) * factor,
+                   load(block + 3 * lanes) * factor};
+    const int channels = static_cast<int>(head_dim - c);
+    if (__builtin_expect(channels >= 4, 1)) store_tokens(token + c, token_stride, tokens, 4, v);
+    else store_tokens(token + c, token_stride, tokens, channels, v);
+  }
+}
+
+// Asks for some tokens ahead of their use: strided access is too sparse for the hardware's own
+// prefetching, and in small portions between the arithmetic the memory has time to answer.
+template <class T>
+TERSOR_INLINE void prefetch_tokens(const T* token, int64_t token_stride, int64_t tokens, int64_t head_dim) {
+  for (int64_t c = 0; c < head_dim; c += 64 / static_cast<int64_t>(sizeof(T))) {
+    const T* line = token + c;
+    for (int64_t t = 0; t < tokens; ++t, line += token_stride) __builtin_prefetch(line, 0, 2);
+  }
+}
+
 }  // namespace TERSOR_ISA
 }  // namespace tersor
