@@ -29,6 +29,12 @@ SITE = ROOT / "build" / "gpu" / "site"
 LIMITS = {"build": 100, "check": 170, "sanitize": 50, "bench": 140, "report": 15}  # seconds; 475 together
 BACKENDS = ("native", "triton")
 TOOLS = ("memcheck", "racecheck")
+# What a GPU changes; installation, sanitizers and the demo are checked on machines without one.
+TESTS = [
+    "tests/attention",
+    "tests/models",
+    *(f"tests/test_{name}.py" for name in ("conformance", "parity", "backends")),
+]
 NOT_HERE = 3  # exit code of support/sanitize.py for a backend that does not run on this machine
 
 _PROBE = """
@@ -107,11 +113,11 @@ def build(gpu: Gpu) -> Result:
 
 
 def check(gpu: Gpu) -> Result:
-    """The whole test-suite; a failing test blocks the backend that its name holds, or all where it names none."""
+    """The tests that a GPU has a part in; one that fails blocks the backend in its name, or both where it has none."""
     report = SITE.parent / "check.xml"
     report.unlink(missing_ok=True)
-    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    code = gpu.run(sys.executable, "-m", "pytest", "tests", "-q", *parallel, f"--junitxml={report}")
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    code = gpu.run(sys.executable, "-m", "pytest", *TESTS, "-q", *parallel, f"--junitxml={report}")
     if code is None or not report.is_file():
         gpu.red |= dict.fromkeys(BACKENDS, f"the test-suite gave no verdict: {_exit(code)}")
         return Result("failed", _exit(code))

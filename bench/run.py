@@ -66,7 +66,8 @@ def parse() -> argparse.Namespace:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    env = dict(os.environ)
+    # Under pytest-xdist, whose workers start this in a test, pytest-benchmark would switch itself off.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env.pop("TERSOR_BACKEND", None)  # `tersor` is to be what a user gets
     env["GLIBC_TUNABLES"] = ":".join(filter(None, [env.get("GLIBC_TUNABLES"), _KEEP_MEMORY]))
     env["TERSOR_BENCH_THREADS"] = env["OMP_NUM_THREADS"] = str(options.threads)

@@ -180,7 +180,9 @@ TERSOR_INLINE __m256i gather_words(const T* const p[4]) {
   for (int i = 0; i < 4; ++i) __builtin_memcpy(&q[i], p[i], 8);
   return _mm256_set_epi64x(q[3], q[2], q[1], q[0]);
 }
-TERSOR_INLINE Vec<float> gather_quarters(const Half* const p[4]) { return (Vec<float>)_mm512_cvtph_ps(gather_words(p)); }
+TERSOR_INLINE Vec<float> gather_quarters(const Half* const p[4]) {
+  return (Vec<float>)_mm512_cvtph_ps(gather_words(p));
+}
 TERSOR_INLINE Vec<float> gather_quarters(const BFloat16* const p[4]) {
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(gather_words(p)), 16);
 }
@@ -211,7 +213,9 @@ TERSOR_INLINE __m128i gather_words(const T* const p[2]) {
   return _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[0])),
                             _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[1])));
 }
-TERSOR_INLINE Vec<float> gather_quarters(const Half* const p[2]) { return (Vec<float>)_mm256_cvtph_ps(gather_words(p)); }
+TERSOR_INLINE Vec<float> gather_quarters(const Half* const p[2]) {
+  return (Vec<float>)_mm256_cvtph_ps(gather_words(p));
+}
 TERSOR_INLINE Vec<float> gather_quarters(const BFloat16* const p[2]) {
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(gather_words(p)), 16);
 }
@@ -338,11 +342,11 @@ TERSOR_INLINE void transpose_out(T* token, int64_t token_stride, int tokens, int
   }
 }
 
-// Asks for some tokens ahead of their use: strided access is too sparse for the hardware's own
-// prefetching, and in small portions between the arithmetic the memory has time to answer.
+// Asks for some tokens ahead of their use: strided access is too sparse for the hardware's own prefetching, and in
+// small portions between the arithmetic the memory has time to answer. One line of two, as the hardware fetches pairs.
 template <class T>
 TERSOR_INLINE void prefetch_tokens(const T* token, int64_t token_stride, int64_t tokens, int64_t head_dim) {
-  for (int64_t c = 0; c < head_dim; c += 64 / static_cast<int64_t>(sizeof(T))) {
+  for (int64_t c = 0; c < head_dim; c += 128 / static_cast<int64_t>(sizeof(T))) {
     const T* line = token + c;
     for (int64_t t = 0; t < tokens; ++t, line += token_stride) __builtin_prefetch(line, 0, 2);
   }

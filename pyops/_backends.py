@@ -26,14 +26,14 @@ from tersor._operator import REGISTRY, Operator
 from tersor._verified import VERIFIED
 
 BACKENDS = ("native", "triton", "reference")
-DEVICES = ("cpu", "cuda")
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # the dispatcher's names
+DEVICES = tuple(_KEYS)
 _HERE = Path(__file__).parent
 _FORCE = "TERSOR_BACKEND"
 _ISA = "TERSOR_CPU_ISA"
 _ISA_LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 _forced: str | None = None
-_chosen: dict[tuple[str, str], str] = {}
 _overrides: dict[tuple[str, str], torch.library.Library] = {}
 
 
@@ -126,10 +126,16 @@ def load() -> None:
     forced = os.environ.get(_FORCE) or None
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"{_FORCE} must be one of {', '.join(BACKENDS)}, got {forced!r}")
-    if forced and (reasons := _unusable(forced)):
+    # With a CUDA torch only the driver could tell, and it is not asked before the first CUDA tensor comes.
+    if forced and torch.version.cuda is None and (reasons := _unusable(forced)):
         warnings.warn(f"{_FORCE}={forced} has no effect: {reasons}", RuntimeWarning, stacklevel=3)
         forced = None
-    _force(forced)
+    global _forced
+    _forced = forced
+    for op in REGISTRY.values():
+        _install(op, "cpu")
+        if torch.version.cuda is not None and (op.place in VERIFIED or forced in ("native", "triton")):
+            _install_at_first_call(op, "cuda")
 
 
 def _force(name: str | None) -> None:
@@ -137,10 +143,7 @@ def _force(name: str | None) -> None:
     _forced = name
     for op in REGISTRY.values():
         for device in DEVICES:
-            if device == "cpu":
-                _install(op, device, _choose(op, device)[0])
-            else:
-                _install_lazily(op)
+            _install(op, device)
 
 
 def _choose(op: Operator, device: str) -> tuple[str, dict[str, str]]:
@@ -192,6 +195,8 @@ def _refusal(op: Operator, device: str, name: str) -> str | None:
     reason = _build_report().get("CUDA C++", "not built")
     if not _library_path("cuda").exists():
         return reason
+    if _cuda_library.cache_info().currsize and isinstance(_cuda_library(), str):
+        return _cuda_library()
     return None if op.place in _cuda_places() else "no CUDA C++ kernel"
 
 
@@ -203,52 +208,65 @@ def _unusable(name: str) -> str:
     return "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
 
 
-def _install(op: Operator, device: str, backend: str) -> None:
-    """Makes ``backend`` the dispatcher's kernel for ``op`` on ``device``."""
-    slot = (op.name, device)
-    if _chosen.get(slot, _beneath(op, device)) == backend:
-        return
-    if slot in _overrides:
-        _overrides.pop(slot)._destroy()
-    if device == "cuda" and backend == "native":
+def _install(op: Operator, device: str) -> None:
+    """Makes the chosen backend the dispatcher's kernel for ``op`` on ``device``."""
+    chosen = _choose(op, device)[0]
+    if device == "cuda" and chosen == "native" and _load_cuda_library():
+        return  # which has installed everything
+    if (op.name, device) in _overrides:
+        _overrides.pop((op.name, device))._destroy()
+    if chosen != _beneath(op, device):
+        _override(op, device, op.reference if chosen == "reference" else _triton_launcher(op))
+
+
+def _install_at_first_call(op: Operator, device: str) -> None:
+    """Puts off what asks a driver or loads a library until the first call on ``device``.
+
+    The stand-in is never destroyed while it runs: the C++ kernel is registered over it, a Triton launcher called by it.
+    """
+    kernel: Callable[..., Any] | None = None
+
+    def first_call(*args: Any) -> Any:
+        nonlocal kernel
+        if kernel is None:
+            chosen = _choose(op, device)[0]
+            if chosen == "native":
+                _load_cuda_library(besides=op)
+                chosen = _choose(op, device)[0]  # again, since the library may not load
+            kernel = {"native": op.overload, "reference": op.reference}.get(chosen) or _triton_launcher(op)
+        return kernel(*args)
+
+    _override(op, device, first_call)
+
+
+def _load_cuda_library(besides: Operator | None = None) -> bool:
+    """Loads the CUDA library; True if that was news. Its kernels come over what Python had installed before, so the
+    choices of all operators (``besides`` one that is being called) are installed anew."""
+    if _cuda_library.cache_info().currsize:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its kernels may come after stand-ins
         _cuda_library()
-    if backend != _beneath(op, device):
-        kernel = op.reference if backend == "reference" else _triton_launcher(op)
-        _override(slot, kernel)
-    _chosen[slot] = backend
+    for op in REGISTRY.values():
+        if op is not besides:
+            _install(op, "cuda")
+    return True
 
 
 def _beneath(op: Operator, device: str) -> str:
     """What the dispatcher runs where Python overrides nothing."""
     if device == "cpu":
         return "native" if op.name in _cpu_kernels() else "reference"
-    return "native" if _cuda_library.cache_info().currsize and op.place in _cuda_places() else "reference"
+    loaded = _cuda_library.cache_info().currsize and not isinstance(_cuda_library(), str)
+    return "native" if loaded and op.place in _cuda_places() else "reference"
 
 
-def _install_lazily(op: Operator) -> None:
-    """On CUDA nothing is loaded, and no driver asked, before the first call with a CUDA tensor."""
-    slot = (op.name, "cuda")
-    if slot in _overrides:
-        _overrides.pop(slot)._destroy()
-    _chosen.pop(slot, None)
-    if _forced in (None, "reference") and op.place not in VERIFIED and _beneath(op, "cuda") == "reference":
-        return
-
-    def first_call(*args: Any) -> Any:
-        _chosen[slot] = "pending"
-        _install(op, "cuda", _choose(op, "cuda")[0])
-        return op.overload(*args)
-
-    _override(slot, first_call)
-
-
-def _override(slot: tuple[str, str], kernel: Callable[..., Any]) -> None:
-    name, device = slot
+def _override(op: Operator, device: str, kernel: Callable[..., Any]) -> None:
     library = torch.library.Library("tersor", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of an override, which is what is meant here
-        library.impl(name, kernel, device.upper())
-    _overrides[slot] = library
+        library.impl(op.name, kernel, _KEYS[device])
+    _overrides[op.name, device] = library
 
 
 def _dtypes(backend: str, device: str) -> str:

@@ -178,3 +178,42 @@ def test_registering_an_operator_twice_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="already registered"):
         operator(op.schema, reference=op.reference, fake=op.reference, vmap=op.reference)
+
+
+def test_choices_on_a_gpu_are_made_at_the_first_call() -> None:
+    """No GPU needed: meta tensors play the GPU's part, a recorded function the launcher's."""
+    code = """
+import sys, torch
+torch.version.cuda = "13.0"
+calls, asked = [], []
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: object() if name == "triton" else find(name, *a)
+import tersor
+from tersor import _backends as b
+b._KEYS["cuda"] = "Meta"
+b._no_gpu = lambda: asked.append(1)
+b._triton_launcher = lambda op: lambda *a: calls.append(op.name) or op.reference(*a)
+q = torch.randn(1, 3, 4, 3, 4, device="meta")
+def run(): calls.clear(); torch.ops.tersor.dilated_attention_forward(q, q, q, 3, [1], 0.5); return list(calls)
+name = "dilated_attention_forward"
+assert b.running(name, "cuda") == "reference" and run() == []
+assert "unverified" in [row for row in tersor.backends() if row.device == "cuda"][0].refused["triton"]
+with tersor.use_backend("triton"):
+    assert b.running(name, "cuda") == "triton" and run() == [name]
+    with tersor.use_backend("reference"):
+        assert run() == []
+    assert run() == [name]
+assert run() == []
+b.VERIFIED["attention/dilated_attention"] = "triton"
+asked.clear()
+b.load()
+assert not asked, "loading must not ask the driver"
+assert run() == [name] and asked
+assert run() == [name]
+with tersor.use_backend("reference"):
+    assert run() == []
+assert run() == [name]
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr

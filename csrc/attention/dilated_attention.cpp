@@ -51,7 +51,8 @@ using torch::stable::Tensor;
 using Run = void (*)(const Task&, const Unit&, char*);
 using Scratch = int64_t (*)(const Task&, int64_t, int64_t, bool);
 
-constexpr int64_t STEP_ROWS = 4;
+// Query rows of one step, measured on an Intel Xeon with 2 MiB of level-2 cache: 2, 4 and 8 were tried.
+constexpr int64_t FORWARD_STEP = 4, BACKWARD_STEP = 2;
 constexpr int64_t CACHE = 1 << 20;  // bytes of the level-2 cache that the planes of one unit may fill
 
 struct Free {
@@ -81,7 +82,6 @@ Task make_task(const Tensor& query, const Tensor& key, const Tensor& value, int6
   Task task{};
   task.batch = query.size(0), task.height = query.size(1), task.width = query.size(2);
   task.heads = query.size(3), task.head_dim = query.size(4), task.kernel_size = kernel_size, task.scale = scale;
-  task.step_rows = std::min(STEP_ROWS, task.height);
   const int64_t groups = static_cast<int64_t>(dilation.size());
   STD_TORCH_CHECK(task.height > 0 && task.width > 0 && task.head_dim > 0, "H, W and head_dim must be positive");
   STD_TORCH_CHECK(kernel_size > 0 && kernel_size < 32768, "kernel_size must lie in [1, 32767]");
@@ -166,6 +166,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor logsumexp = torch::stable::new_empty(query, {task.batch, task.heads, task.height, task.width}, exact);
   if (task.batch == 0) return {output, logsumexp};
   task.output = output.mutable_data_ptr(), task.logsumexp = logsumexp.mutable_data_ptr();
+  task.step_rows = std::min(FORWARD_STEP, task.height);
   if (dtype == ScalarType::Float) run_forward<float, float>(task);
   if (dtype == ScalarType::Half) run_forward<Half, float>(task);
   if (dtype == ScalarType::BFloat16) run_forward<BFloat16, float>(task);
@@ -191,6 +192,7 @@ Tensor backward(const Tensor& grad_output, const Tensor& query, const Tensor& ke
   if (task.batch == 0) return grad_qkv;
   task.grad_output = view_of(g), task.grad_qkv = grad_qkv.mutable_data_ptr();
   task.logsumexp = const_cast<void*>(lse.const_data_ptr());
+  task.step_rows = std::min(BACKWARD_STEP, task.height);
   if (dtype == ScalarType::Float) run_backward<float, float>(task);
   if (dtype == ScalarType::Half) run_backward<Half, float>(task);
   if (dtype == ScalarType::BFloat16) run_backward<BFloat16, float>(task);

@@ -13,13 +13,13 @@ using namespace tersor::TERSOR_ISA;
 template <class A>
 struct Head {
   static constexpr int64_t lanes = Simd<A>::lanes;
-  int64_t head, dilation, reach, pad, width, stride, plane, slots, loaded;
+  int64_t head, dilation, reach, image, pad, stride, plane, slots, loaded;
   A *keys, *values, *queries, *grads, *weights, *grad_scores;
 
   Head(const Task& task, int64_t index, Arena& arena, bool backward) {
     const auto whole = [](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
     head = index, dilation = task.dilation[index], reach = dilation * (task.kernel_size - 1) / 2;
-    pad = whole(reach), width = whole(task.width), stride = pad + width + pad;
+    image = task.width, pad = whole(reach), stride = pad + whole(image) + pad;
     plane = task.head_dim * stride;
     slots = std::min(2 * reach + task.step_rows, task.height);
     keys = arena.take<A>(slots * plane), values = arena.take<A>(slots * plane);
@@ -28,10 +28,11 @@ struct Head {
     weights = arena.take<A>(slots * task.taps() * stride), grad_scores = arena.take<A>(slots * task.taps() * stride);
   }
 
+  // Zeros left and right of the image, which no row overwrites.
   void clear_pads(A* planes, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r) {
       std::memset(planes + r * stride, 0, pad * sizeof(A));
-      std::memset(planes + r * stride + pad + width, 0, pad * sizeof(A));
+      std::memset(planes + r * stride + pad + image, 0, (stride - pad - image) * sizeof(A));
     }
   }
 
@@ -52,7 +53,7 @@ struct Workspace {
   static constexpr int64_t lanes = Simd<A>::lanes;
   Head<A>* heads;
   int64_t count;
-  A *zeros, *query, *grad, *sum, *scores, *grad_scores, *totals;
+  A *zeros, *query, *sum, *scores, *grad_scores, *totals;
   const A **taps, **other_taps;  // taps() pointers for each row of a step
 
   Workspace(const Task& task, int64_t first, int64_t last, Arena& arena, bool backward) : count(last - first) {
@@ -65,7 +66,7 @@ struct Workspace {
     }
     const int64_t zero_rows = std::max(task.head_dim, task.taps()), block = lanes * (task.head_dim + 4);
     zeros = arena.take<A>(zero_rows * widest);
-    query = arena.take<A>(block), grad = arena.take<A>(block), sum = arena.take<A>(block);
+    query = arena.take<A>(block), sum = arena.take<A>(block);
     scores = arena.take<A>(task.step_rows * lanes * task.taps()), totals = arena.take<A>(task.step_rows * lanes);
     grad_scores = arena.take<A>(lanes * task.taps());
     taps = arena.take<const A*>(task.step_rows * task.taps());
@@ -89,11 +90,20 @@ TERSOR_INLINE const T* row_of(const View& view, int64_t b, int64_t y, int64_t he
   return static_cast<const T*>(view.data) + b * view.batch + y * view.row + head * view.head;
 }
 
+// The same of one row of a view, where it has that row.
 template <class T, class A>
 TERSOR_INLINE void prefetch(const Task& task, const View& view, int64_t b, int64_t y, int64_t x, int64_t head) {
   if (y >= task.height) return;
-  const int64_t tokens = std::min<int64_t>(Simd<A>::lanes, task.width - x);
+  const int64_t tokens = std::min<int64_t>(Simd<A>::lanes, task.width);
   prefetch_tokens(row_of<T>(view, b, y, head) + x * view.column, view.column, tokens, task.head_dim);
+}
+
+// Visits a row in blocks of `lanes` positions. The last one starts early enough to be whole: what it does again gives
+// the same bits. Only in an image narrower than a vector are there fewer tokens than lanes.
+template <class A, class Visit>
+TERSOR_INLINE void for_blocks(int64_t width, Visit&& visit) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  for (int64_t x = 0; x < width; x += lanes) visit(std::max<int64_t>(0, std::min(x, width - lanes)));
 }
 
 // One row of one head, transposed into a plane.
@@ -102,11 +112,10 @@ void load_row(const Task& task, const Head<A>& head, const View& view, int64_t b
   const T* row = row_of<T>(view, b, y, head.head);
   A* plane = head.row(ring, y) + head.pad;
   const int64_t width = task.width, head_dim = task.head_dim, column = view.column, stride = head.stride;
-  int64_t x = 0;
-  for (; x + head.lanes <= width; x += head.lanes) {
-    transpose_in(row + x * column, column, head.lanes, head_dim, plane + x, stride);
-  }
-  if (x < width) transpose_in(row + x * column, column, static_cast<int>(width - x), head_dim, plane + x, stride);
+  const int tokens = static_cast<int>(std::min<int64_t>(head.lanes, width));
+  for_blocks<A>(width, [&](int64_t x) __attribute__((always_inline)) {
+    transpose_in(row + x * column, column, tokens, head_dim, plane + x, stride);
+  });
 }
 
 // The key and value rows that the query rows up to `last` look at, as far as they are not in the ring yet.
@@ -118,15 +127,16 @@ void load_keys(const Task& task, Head<A>& head, int64_t b, int64_t last) {
   }
 }
 
-// scores[t] = sum over channels of query[c] * taps[t][c], at `lanes` positions from x on.
+// scores[t] = sum over channels c of query[c * query_stride] * taps[t][c * stride], at `lanes` positions from x on.
 template <class A, int N>
-TERSOR_INLINE void dot(const A* query, const A* const* taps, int64_t stride, int64_t x, int64_t channels, A* scores) {
+TERSOR_INLINE void dot(const A* query, int64_t query_stride, const A* const* taps, int64_t stride, int64_t x,
+                       int64_t channels, A* scores) {
   constexpr int lanes = Simd<A>::lanes;
   const A* tap[N];
   Vec<A> sum[N];
   for (int t = 0; t < N; ++t) tap[t] = taps[t] + x, sum[t] = Vec<A>{};
   for (int64_t c = 0; c < channels; ++c) {
-    const Vec<A> q = load(query + c * lanes);
+    const Vec<A> q = load(query + c * query_stride);
 #pragma GCC unroll 16
     for (int t = 0; t < N; ++t) sum[t] = fma<A>(q, load(tap[t] + c * stride), sum[t]);
   }
@@ -135,13 +145,13 @@ TERSOR_INLINE void dot(const A* query, const A* const* taps, int64_t stride, int
 
 // The same for the nine taps of a 3x3 window: with three pointers and one distance, all addresses stay in registers.
 template <class A>
-TERSOR_INLINE void dot_3x3(const A* query, const A* const* taps, int64_t stride, int64_t x, int64_t channels,
-                           A* scores) {
+TERSOR_INLINE void dot_3x3(const A* query, int64_t query_stride, const A* const* taps, int64_t stride, int64_t x,
+                           int64_t channels, A* scores) {
   constexpr int lanes = Simd<A>::lanes;
   const A *top = taps[0] + x, *middle = taps[3] + x, *bottom = taps[6] + x;
   const int64_t d = taps[1] - taps[0];
   Vec<A> sum[9] = {};
-  for (const A* end = query + channels * lanes; query != end; query += lanes) {
+  for (const A* end = query + channels * query_stride; query != end; query += query_stride) {
     const Vec<A> q = load(query);
     sum[0] = fma<A>(q, load(top), sum[0]);
     sum[1] = fma<A>(q, load(top + d), sum[1]);
@@ -159,13 +169,13 @@ TERSOR_INLINE void dot_3x3(const A* query, const A* const* taps, int64_t stride,
 }
 
 template <class A>
-TERSOR_INLINE void dots(const A* query, const A* const* taps, int64_t count, int64_t stride, int64_t x,
-                        int64_t channels, A* scores) {
+TERSOR_INLINE void dots(const A* query, int64_t query_stride, const A* const* taps, int64_t count, int64_t stride,
+                        int64_t x, int64_t channels, A* scores) {
   constexpr int lanes = Simd<A>::lanes;
-  if (count == 9) return dot_3x3<A>(query, taps, stride, x, channels, scores);
+  if (count == 9) return dot_3x3<A>(query, query_stride, taps, stride, x, channels, scores);
   int64_t t = 0;
-  for (; t + 8 <= count; t += 8) dot<A, 8>(query, taps + t, stride, x, channels, scores + t * lanes);
-  for (; t < count; ++t) dot<A, 1>(query, taps + t, stride, x, channels, scores + t * lanes);
+  for (; t + 8 <= count; t += 8) dot<A, 8>(query, query_stride, taps + t, stride, x, channels, scores + t * lanes);
+  for (; t < count; ++t) dot<A, 1>(query, query_stride, taps + t, stride, x, channels, scores + t * lanes);
 }
 
 // sum[c] (+)= sum over taps of weights[t] * taps[t][c].
@@ -193,7 +203,8 @@ TERSOR_INLINE void mix_3x3(const A* weights, const A* const* taps, int64_t strid
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = load(weights + t * lanes);
   for (A* end = sum + channels * lanes; sum != end; sum += lanes) {
-    Vec<A> s = w[0] * load(top), r = w[3] * load(middle), u = w[6] * load(bottom);  // three short chains, not a long one
+    // Three short chains of dependent sums, not a long one.
+    Vec<A> s = w[0] * load(top), r = w[3] * load(middle), u = w[6] * load(bottom);
     s = fma<A>(w[1], load(top + d), s);
     r = fma<A>(w[4], load(middle + d), r);
     u = fma<A>(w[7], load(bottom + d), u);
@@ -226,25 +237,60 @@ void point_taps(const Task& task, const Head<A>& head, int64_t y, A* ring, const
   }
 }
 
-// Softmax weights (not yet divided by their sum) of one query row at `lanes` positions from x on.
-template <class T, class A>
-TERSOR_INLINE void score_block(const Task& task, const Head<A>& head, Workspace<A>& work, int64_t b, int64_t y,
-                               int64_t x, const A* const* taps, A* scores, A* sum) {
+// Scores to softmax weights (not yet divided by their sum), in place. COUNT = 0: any number of them; a known one is
+// unrolled, so that the exponentials of all taps run side by side.
+template <class A, int COUNT>
+TERSOR_INLINE void softmax(A* scores, int64_t any_count, A factor, Vec<A>& largest, Vec<A>& total) {
   constexpr int lanes = Simd<A>::lanes;
-  const int tokens = static_cast<int>(std::min<int64_t>(lanes, task.width - x));
-  const T* query = row_of<T>(task.query, b, y, head.head) + x * task.query.column;
-  transpose_in(query, task.query.column, tokens, task.head_dim, work.query, lanes);
-  const int64_t count = task.taps();
-  dots<A>(work.query, taps, count, head.stride, x, task.head_dim, scores);
-  const Vec<A> scale = splat(static_cast<A>(task.scale));
-  Vec<A> largest = load(scores) * scale;
+  const int64_t count = COUNT > 0 ? COUNT : any_count;
+  const Vec<A> scale = splat(factor);
+  largest = load(scores) * scale;
+#pragma GCC unroll 9
   for (int64_t t = 1; t < count; ++t) largest = max<A>(load(scores + t * lanes) * scale, largest);
-  Vec<A> total{};
+  total = Vec<A>{};
+#pragma GCC unroll 9
   for (int64_t t = 0; t < count; ++t) {
     const Vec<A> weight = exp(load(scores + t * lanes) * scale - largest);
     store<A>(scores + t * lanes, weight);
     total += weight;
   }
+}
+
+// Scores and <grad_output, value> of every tap to weights and gradients of the scores, in place.
+template <class A, int COUNT>
+TERSOR_INLINE void softmax_backward(A* scores, A* grads, int64_t any_count, A factor, Vec<A> logsumexp) {
+  constexpr int lanes = Simd<A>::lanes;
+  const int64_t count = COUNT > 0 ? COUNT : any_count;
+  const Vec<A> scale = splat(factor);
+  Vec<A> mean{};  // <grad_output, output>, which is the weights' mean of <grad_output, value>
+#pragma GCC unroll 9
+  for (int64_t t = 0; t < count; ++t) {
+    const Vec<A> weight = exp(load(scores + t * lanes) * scale - logsumexp);
+    store<A>(scores + t * lanes, weight);
+    mean = fma<A>(weight, load(grads + t * lanes), mean);
+  }
+#pragma GCC unroll 9
+  for (int64_t t = 0; t < count; ++t) {
+    store<A>(grads + t * lanes, scale * load(scores + t * lanes) * (load(grads + t * lanes) - mean));
+  }
+}
+
+// Softmax weights (not yet divided by their sum) of one query row at `lanes` positions from x on.
+template <class T, class A>
+TERSOR_INLINE void score_block(const Task& task, const Head<A>& head, Workspace<A>& work, int64_t b, int64_t y,
+                               int64_t x, const A* const* taps, A* scores, A* sum) {
+  constexpr int lanes = Simd<A>::lanes;
+  const int tokens = static_cast<int>(std::min<int64_t>(lanes, task.width));
+  const T* query = row_of<T>(task.query, b, y, head.head) + x * task.query.column;
+  transpose_in(query, task.query.column, tokens, task.head_dim, work.query, lanes);
+  const int64_t count = task.taps(), token = (b * task.height + y) * task.width + x;
+  prefetch_tokens(static_cast<T*>(task.output) + (token * task.heads + head.head) * task.head_dim,
+                  task.heads * task.head_dim, tokens, task.head_dim);
+  dots<A>(work.query, lanes, taps, count, head.stride, x, task.head_dim, scores);
+  Vec<A> largest, total;
+  const A scale = static_cast<A>(task.scale);
+  if (count == 9) softmax<A, 9>(scores, count, scale, largest, total);
+  else softmax<A, 0>(scores, count, scale, largest, total);
   store<A>(sum, total);
   A* logsumexp = static_cast<A*>(task.logsumexp) + ((b * task.heads + head.head) * task.height + y) * task.width + x;
   store_first<A>(logsumexp, largest + log(total), tokens);
@@ -254,7 +300,7 @@ TERSOR_INLINE void score_block(const Task& task, const Head<A>& head, Workspace<
 template <class T, class A>
 TERSOR_INLINE void output_block(const Task& task, const Head<A>& head, Workspace<A>& work, int64_t b, int64_t y,
                                 int64_t x, const A* const* taps, const A* scores, const A* sum) {
-  const int tokens = static_cast<int>(std::min<int64_t>(Simd<A>::lanes, task.width - x));
+  const int tokens = static_cast<int>(std::min<int64_t>(Simd<A>::lanes, task.width));
   const int64_t token = (b * task.height + y) * task.width + x;
   T* output = static_cast<T*>(task.output) + (token * task.heads + head.head) * task.head_dim;
   mixes<A>(scores, taps, task.taps(), head.stride, x, task.head_dim, work.sum);
@@ -271,7 +317,7 @@ void forward_rows(const Task& task, const Unit& unit, Head<A>& head, Workspace<A
     point_taps<A>(task, head, r, head.keys, work.zeros, work.taps + (r - first) * count);
     point_taps<A>(task, head, r, head.values, work.zeros, work.other_taps + (r - first) * count);
   }
-  for (int64_t x = 0; x < task.width; x += lanes) {
+  for_blocks<A>(task.width, [&](int64_t x) __attribute__((always_inline)) {
     for (int64_t r = first, i = 0; r < last; ++r, ++i) {
       const int64_t next = r + task.step_rows;
       prefetch<T, A>(task, task.query, unit.image, next, x, head.head);
@@ -284,7 +330,7 @@ void forward_rows(const Task& task, const Unit& unit, Head<A>& head, Workspace<A
       output_block<T, A>(task, head, work, unit.image, r, x, work.other_taps + i * count,
                          work.scores + i * count * lanes, work.totals + i * lanes);
     }
-  }
+  });
 }
 
 template <class T, class A>
@@ -307,37 +353,31 @@ TERSOR_INLINE void backward_query_block(const Task& task, const Head<A>& head, W
                                         int64_t x, const A* const* taps, const A* const* value_taps, bool owned) {
   constexpr int lanes = Simd<A>::lanes;
   const int64_t count = task.taps();
-  const int tokens = static_cast<int>(std::min<int64_t>(lanes, task.width - x));
+  const int tokens = static_cast<int>(std::min<int64_t>(lanes, task.width));
   const A* query = head.row(head.queries, y) + head.pad + x;
   const A* grad = head.row(head.grads, y) + head.pad + x;
-  for (int64_t c = 0; c < task.head_dim; ++c) {
-    store<A>(work.query + c * lanes, load(query + c * head.stride));
-    store<A>(work.grad + c * lanes, load(grad + c * head.stride));
+  const int64_t token = (b * task.height + y) * task.width + x, stride = 3 * task.heads * task.head_dim;
+  T* gradient = static_cast<T*>(task.grad_qkv) + token * stride + head.head * task.head_dim;
+  if (owned) {  // the whole token's gradients: those of key and value follow when their row is complete
+    for (int i = 0; i < 3; ++i) prefetch_tokens(gradient + i * stride / 3, stride, tokens, task.head_dim);
   }
-  dots<A>(work.query, taps, count, head.stride, x, task.head_dim, work.scores);
-  dots<A>(work.grad, value_taps, count, head.stride, x, task.head_dim, work.grad_scores);
+  dots<A>(query, head.stride, taps, count, head.stride, x, task.head_dim, work.scores);
+  dots<A>(grad, head.stride, value_taps, count, head.stride, x, task.head_dim, work.grad_scores);
   const A* logsumexp =
       static_cast<A*>(task.logsumexp) + ((b * task.heads + head.head) * task.height + y) * task.width + x;
-  const Vec<A> scale = splat(static_cast<A>(task.scale)), lse = load_first(logsumexp, tokens);
-  Vec<A> mean{};  // <grad_output, output>, which is the weights' mean of <grad_output, value>
-  for (int64_t t = 0; t < count; ++t) {
-    const Vec<A> weight = exp(load(work.scores + t * lanes) * scale - lse);
-    store<A>(work.scores + t * lanes, weight);
-    mean = fma<A>(weight, load(work.grad_scores + t * lanes), mean);
-  }
+  const Vec<A> lse = load_first(logsumexp, tokens);
+  const A scale = static_cast<A>(task.scale);
+  if (count == 9) softmax_backward<A, 9>(work.scores, work.grad_scores, count, scale, lse);
+  else softmax_backward<A, 0>(work.scores, work.grad_scores, count, scale, lse);
   A* weights = head.weights + y % head.slots * count * head.stride + head.pad + x;
   A* grad_scores = head.grad_scores + y % head.slots * count * head.stride + head.pad + x;
-  for (int64_t t = 0; t < count; ++t) {
-    const Vec<A> weight = load(work.scores + t * lanes);
-    const Vec<A> grad_score = scale * weight * (load(work.grad_scores + t * lanes) - mean);
-    store<A>(work.grad_scores + t * lanes, grad_score);
+  for (int64_t t = 0; t < count; ++t) {  // an image narrower than a vector has lanes that stand for no query
+    const Vec<A> weight = load(work.scores + t * lanes), grad_score = load(work.grad_scores + t * lanes);
     store<A>(weights + t * head.stride, tokens < lanes ? keep_first<A>(weight, tokens) : weight);
     store<A>(grad_scores + t * head.stride, tokens < lanes ? keep_first<A>(grad_score, tokens) : grad_score);
   }
   if (!owned) return;
   mixes<A>(work.grad_scores, taps, count, head.stride, x, task.head_dim, work.sum);
-  const int64_t token = (b * task.height + y) * task.width + x, stride = 3 * task.heads * task.head_dim;
-  T* gradient = static_cast<T*>(task.grad_qkv) + token * stride + head.head * task.head_dim;
   transpose_out<T, A>(gradient, stride, tokens, task.head_dim, work.sum, splat(A(1)));
 }
 
@@ -360,7 +400,7 @@ template <class T, class A>
 TERSOR_INLINE void backward_key_block(const Task& task, const Head<A>& head, Workspace<A>& work, int64_t b, int64_t m,
                                       int64_t x, const A* const* sources, const A* const* factors, int64_t which) {
   constexpr int lanes = Simd<A>::lanes;
-  const int tokens = static_cast<int>(std::min<int64_t>(lanes, task.width - x));
+  const int tokens = static_cast<int>(std::min<int64_t>(lanes, task.width));
   for (int64_t t = 0; t < task.taps(); ++t) store<A>(work.scores + t * lanes, load(factors[t] + x));
   mixes<A>(work.scores, sources, task.taps(), head.stride, x, task.head_dim, work.sum);
   const int64_t token = (b * task.height + m) * task.width + x, stride = task.heads * task.head_dim;
@@ -378,7 +418,7 @@ void backward_queries(const Task& task, const Unit& unit, Head<A>& head, Workspa
     point_taps<A>(task, head, r, head.keys, work.zeros, work.taps + (r - first) * task.taps());
     point_taps<A>(task, head, r, head.values, work.zeros, work.other_taps + (r - first) * task.taps());
   }
-  for (int64_t x = 0; x < task.width; x += head.lanes) {
+  for_blocks<A>(task.width, [&](int64_t x) __attribute__((always_inline)) {
     for (int64_t r = first; r < last; ++r) {
       const int64_t at = (r - first) * task.taps();
       const bool owned = r >= unit.first_row && r < unit.last_row;
@@ -389,7 +429,7 @@ void backward_queries(const Task& task, const Unit& unit, Head<A>& head, Workspa
       prefetch<T, A>(task, task.value, unit.image, next + head.reach, x, head.head);
       backward_query_block<T, A>(task, head, work, unit.image, r, x, work.taps + at, work.other_taps + at, owned);
     }
-  }
+  });
 }
 
 template <class T, class A>
@@ -402,12 +442,12 @@ void backward_keys(const Task& task, const Unit& unit, Head<A>& head, Workspace<
       const int64_t at = (m - first) * task.taps();
       point_sources<A>(task, head, m, sources, factors, work.zeros, work.taps + at, work.other_taps + at);
     }
-    for (int64_t x = 0; x < task.width; x += head.lanes) {
+    for_blocks<A>(task.width, [&](int64_t x) __attribute__((always_inline)) {
       for (int64_t m = first; m < last; ++m) {
         const int64_t at = (m - first) * task.taps();
         backward_key_block<T, A>(task, head, work, unit.image, m, x, work.taps + at, work.other_taps + at, which);
       }
-    }
+    });
   }
 }
 

@@ -5,6 +5,7 @@ The interpreter is chosen when Triton is imported, so these tests need a process
 hence float32 and float16 only.
 """
 
+import importlib
 import os
 
 import pytest
@@ -186,10 +187,13 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
 
 
-def test_float64_is_refused():
+def test_float64_is_refused_by_the_kernels_and_runs_on_the_reference():
     query = random(1, 2, 2, 1, 4, dtype=torch.float64)
+    launcher = importlib.import_module("tersor.triton_kernels.attention.dilated_attention")
     with pytest.raises(TypeError, match=r"float16, bfloat16 and float32, got torch\.float64"):
-        tersor.dilated_attention(query, query, query, 3, [1])
+        launcher.dilated_attention_forward(query, query, query, 3, [1], 0.5)
+    expected = _reference(query, query, query, 3, [1], 0.5)[0]
+    assert torch.equal(tersor.dilated_attention(query, query, query, 3, [1], 0.5), expected)
 
 
 def test_mismatched_tensors_are_refused():
