@@ -55,6 +55,8 @@ using Scratch = int64_t (*)(const Task&, int64_t, int64_t, bool);
 constexpr int64_t FORWARD_STEP = 4, BACKWARD_STEP = 2;
 constexpr int64_t CACHE = 1 << 20;  // bytes of the level-2 cache that the planes of one unit may fill
 
+constexpr int64_t MOST_SCRATCH = int64_t{2} << 30;  // rather an error than a machine out of memory
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -84,7 +86,7 @@ Task make_task(const Tensor& query, const Tensor& key, const Tensor& value, int6
   task.heads = query.size(3), task.head_dim = query.size(4), task.kernel_size = kernel_size, task.scale = scale;
   const int64_t groups = static_cast<int64_t>(dilation.size());
   STD_TORCH_CHECK(task.height > 0 && task.width > 0 && task.head_dim > 0, "H, W and head_dim must be positive");
-  STD_TORCH_CHECK(kernel_size > 0 && kernel_size < 32768, "kernel_size must lie in [1, 32767]");
+  STD_TORCH_CHECK(kernel_size > 0 && kernel_size < 1024, "kernel_size must lie in [1, 1023]");
   STD_TORCH_CHECK(groups > 0 && task.heads % groups == 0, "heads must be a multiple of the number of dilations");
   // Beyond twice the image every tap but the centre is outside, whatever the dilation (even, to keep the parity).
   const int64_t farthest = 2 * std::max(task.height, task.width);
@@ -115,6 +117,9 @@ void run(const Task& task, Run kernel, Scratch scratch, bool backward) {
   int64_t group = task.heads;
   while (group > 1 && largest_group(task, group, scratch, backward) > CACHE) group = (group + 1) / 2;
   const int64_t groups = (task.heads + group - 1) / group, bytes = largest_group(task, group, scratch, backward);
+  STD_TORCH_CHECK(bytes <= MOST_SCRATCH, "dilated_attention: a window of kernel_size ", task.kernel_size,
+                  " and dilation ", task.largest_dilation, " needs ", bytes >> 20,
+                  " MiB of working memory a thread on an image of this size; at most ", MOST_SCRATCH >> 20, " are taken");
   // Blocks of rows only where images and groups do not keep the threads busy: neighbouring blocks share rows.
   const int64_t wanted = 2 * torch::stable::get_num_threads(), images = task.batch * groups;
   const int64_t reach = task.largest_dilation * (task.kernel_size - 1) / 2;

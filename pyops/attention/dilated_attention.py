@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor._checks import as_int, check_floating, check_same
-from tersor._operator import autocast_tensors, operator
+from tersor._operator import autocast_tensors, call_function, operator
 
 
 def dilated_attention(
@@ -36,7 +36,8 @@ def dilated_attention(
     Args:
         query, key, value: ``(B, H, W, heads, head_dim)``, float16, bfloat16, float32 or float64, same shape, dtype
             and device. Any strides: views of one fused ``(B, H, W, 3, heads, head_dim)`` projection need no copy.
-        kernel_size: taps per axis, at least 1.
+        kernel_size: taps per axis, from 1 to 1023. Working memory grows with its square; where a window would need
+            more than 2 GiB a thread, the CPU kernel raises a RuntimeError instead.
         dilation: distance between taps, one per group of heads (or one int for all);
             ``dilation * (kernel_size - 1)`` must be even.
         scale: factor on the scores; ``None`` or 0 means ``head_dim ** -0.5``.
@@ -55,7 +56,7 @@ def dilated_attention(
     _check_tensors(query=query, key=key, value=value)
     kernel_size, dilation, scale = _check_options(query.shape, kernel_size, dilation, scale)
     query, key, value = autocast_tensors(query.device.type, query, key, value)
-    return _DilatedAttention.apply(query, key, value, kernel_size, dilation, scale)[0]
+    return call_function(_DilatedAttention, query, key, value, kernel_size, dilation, scale)[0]
 
 
 def dilated_attention_qkvpacked(
@@ -83,7 +84,7 @@ def dilated_attention_qkvpacked(
         )
     kernel_size, dilation, scale = _check_options(qkv.select(3, 0).shape, kernel_size, dilation, scale)
     (qkv,) = autocast_tensors(qkv.device.type, qkv)
-    return _DilatedAttentionPacked.apply(qkv, kernel_size, dilation, scale)[0]
+    return call_function(_DilatedAttentionPacked, qkv, kernel_size, dilation, scale)[0]
 
 
 class DilatedAttention(nn.Module):
@@ -162,8 +163,8 @@ def _check_options(
     if isinstance(dilation, (str, bytes)) or not isinstance(dilation, (int, Sequence)):
         raise TypeError(f"{name}: dilation must be an int or a sequence of ints, got {type(dilation).__name__}")
     dilation = [as_int(name, dilation=d) for d in ([dilation] if isinstance(dilation, int) else dilation)]
-    if kernel_size < 1:
-        raise ValueError(f"{name}: kernel_size must be at least 1, got {kernel_size}")
+    if not 1 <= kernel_size <= 1023:  # a million taps: far beyond use, and within 32-bit arithmetic
+        raise ValueError(f"{name}: kernel_size must be at least 1 and at most 1023, got {kernel_size}")
     if not dilation:
         raise ValueError(f"{name}: dilation must name at least one dilation, got none")
     for d in dilation:

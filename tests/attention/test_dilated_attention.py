@@ -12,6 +12,7 @@ from subject import Subject
 from torch import nn
 
 import tersor
+from tersor._backends import running
 from tersor.attention.dilated_attention import _reference, _reference_backward
 from tersor.models.eager import dilated_attention_unfold
 
@@ -173,7 +174,8 @@ def test_module_equals_its_parts() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_size": 0}, r"kernel_size must be at least 1, got 0"),
+        ({"kernel_size": 0}, r"kernel_size must be at least 1 and at most 1023, got 0"),
+        ({"kernel_size": 1025}, r"kernel_size must be at least 1 and at most 1023, got 1025"),
         ({"kernel_size": 2}, r"dilation \* \(kernel_size - 1\) must be even.*got dilation 1 with kernel_size 2"),
         ({"dilation": ()}, r"at least one dilation"),
         ({"dilation": (1, 0, 2)}, r"every dilation must be at least 1, got \[1, 0, 2\]"),
@@ -242,6 +244,14 @@ def test_bad_module_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_packed_needs_three_parts() -> None:
     with pytest.raises(ValueError, match=r"qkv must be \(B, H, W, 3, heads, head_dim\), got shape"):
         tersor.dilated_attention_qkvpacked(torch.randn(1, 3, 4, 2, 3, 4))
+
+
+@pytest.mark.skipif(running(OPERATORS[0], "cpu") != "native", reason="the C++ library was not built here")
+def test_window_too_large_for_memory_is_an_error_not_a_crash() -> None:
+    qkv = torch.randn(1, 200, 200, 3, 1, 4, requires_grad=True)
+    output = tersor.dilated_attention_qkvpacked(qkv, 101, 1)
+    with pytest.raises(RuntimeError, match="MiB of working memory a thread"):
+        output.sum().backward()
 
 
 def test_direct_call_with_bad_sizes_is_an_error_not_a_crash() -> None:
