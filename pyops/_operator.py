@@ -111,10 +111,10 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def call_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, which binds defaults through ``inspect.signature`` on every call: 25 us for nothing."""
+    """``function.apply(*args)`` without the 30 us that it spends on ``inspect.signature`` to bind no defaults."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def autocast_tensors(device_type: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
