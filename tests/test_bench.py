@@ -400,3 +400,11 @@ def test_gpu_runner_ends_what_takes_too_long(gpu):
 def test_gpu_limits_leave_the_whole_run_under_eight_minutes(gpu):
     assert sum(gpu.module.LIMITS.values()) < 480
     assert set(gpu.module.LIMITS) == set(gpu.module._STAGES)
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    """What the README says is what `bench/report.py --readme` writes from bench/results."""
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "report.py"), "--readme", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
