@@ -51,8 +51,7 @@ using torch::stable::Tensor;
 using Run = void (*)(const Task&, const Unit&, char*);
 using Scratch = int64_t (*)(const Task&, int64_t, int64_t, bool);
 
-// Query rows of one step and the planes' share of the level-2 cache: the fastest of (2, 1), (4, 2), (6, 3) and (8, 4)
-// rows and of 0.5, 1 and 2 MiB on an Intel Xeon whose cores have 2 MiB each.
+// Query rows of one step. Up to (8, 4) rows were tried on an Intel Xeon whose cores have 2 MiB of level-2 cache.
 constexpr int64_t FORWARD_STEP = 2, BACKWARD_STEP = 1;
 constexpr int64_t CACHE = 1 << 20;  // bytes of the level-2 cache that the planes of one unit may fill
 
