@@ -87,7 +87,8 @@ Task make_task(const Tensor& query, const Tensor& key, const Tensor& value, int6
   const int64_t groups = static_cast<int64_t>(dilation.size());
   STD_TORCH_CHECK(task.height > 0 && task.width > 0 && task.head_dim > 0, "H, W and head_dim must be positive");
   STD_TORCH_CHECK(kernel_size > 0 && kernel_size < 1024, "kernel_size must lie in [1, 1023]");
-  STD_TORCH_CHECK(groups > 0 && task.heads % groups == 0, "heads must be a multiple of the number of dilations");
+  STD_TORCH_CHECK(task.heads > 0 && groups > 0 && task.heads % groups == 0,
+                  "heads must be a positive multiple of the number of dilations");
   // Beyond twice the image every tap but the centre is outside, whatever the dilation (even, to keep the parity).
   const int64_t farthest = 2 * std::max(task.height, task.width);
   task.largest_dilation = 1;
@@ -179,7 +180,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {output, logsumexp};
 }
 
-// `output` is not read: <grad_output, output> follows from the weights at hand, for a fifth less traffic.
+// `output` is not read: <grad_output, output> follows from the weights at hand, for an eighth less traffic.
 Tensor backward(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
                 const Tensor& logsumexp, int64_t kernel_size, const std::vector<int64_t>& dilation, double scale) {
   const ScalarType dtype = checked_dtype(query);
