@@ -3,8 +3,44 @@
 from tersor import _backends
 from tersor._backends import backends, use_backend
 from tersor.attention import DilatedAttention, dilated_attention, dilated_attention_qkvpacked
+from tersor.quantization import (
+    BoundedActivation,
+    BoundsSchedule,
+    QuantizedConv2d,
+    QuantizedLinear,
+    WeightFakeQuantize,
+    dynamic_gate,
+    fake_quantize_add,
+    fake_quantize_affine,
+    fake_quantize_bounds,
+    fake_quantize_lsq,
+    fake_quantize_lsq_plus,
+    fake_quantize_pact,
+    percentile_bounds,
+    weight_fake_quantize,
+)
 
 __version__ = "0.1.0"
-__all__ = ["DilatedAttention", "backends", "dilated_attention", "dilated_attention_qkvpacked", "use_backend"]
+__all__ = [
+    "BoundedActivation",
+    "BoundsSchedule",
+    "DilatedAttention",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "WeightFakeQuantize",
+    "backends",
+    "dilated_attention",
+    "dilated_attention_qkvpacked",
+    "dynamic_gate",
+    "fake_quantize_add",
+    "fake_quantize_affine",
+    "fake_quantize_bounds",
+    "fake_quantize_lsq",
+    "fake_quantize_lsq_plus",
+    "fake_quantize_pact",
+    "percentile_bounds",
+    "use_backend",
+    "weight_fake_quantize",
+]
 
 _backends.load()

@@ -180,7 +180,7 @@ def _refusal(op: Operator, device: str, name: str) -> str | None:
     if device == "cuda" and (reason := _no_gpu()):
         return reason
     if name == "triton":
-        if importlib.util.find_spec(_triton_module(op)) is None:
+        if not _has_triton_module(op):
             return "no Triton kernel"
         if reason := _no_triton():
             return reason
@@ -356,6 +356,13 @@ def _interpreting() -> bool:
 
 def _triton_module(op: Operator) -> str:
     return "tersor.triton_kernels." + op.place.replace("/", ".")
+
+
+def _has_triton_module(op: Operator) -> bool:
+    try:
+        return importlib.util.find_spec(_triton_module(op)) is not None
+    except ModuleNotFoundError:  # no operator of its family has one
+        return False
 
 
 def _triton_launcher(op: Operator) -> Callable[..., Any]:

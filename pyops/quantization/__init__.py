@@ -1,0 +1,33 @@
+"""Low-bit quantisation: trainable fake-quantisers."""
+
+from tersor.quantization.bounded_activation import BoundedActivation
+from tersor.quantization.bounds_schedule import BoundsSchedule
+from tersor.quantization.dynamic_gate import dynamic_gate
+from tersor.quantization.fake_quantize_add import fake_quantize_add
+from tersor.quantization.fake_quantize_affine import fake_quantize_affine
+from tersor.quantization.fake_quantize_bounds import fake_quantize_bounds
+from tersor.quantization.fake_quantize_lsq import fake_quantize_lsq, lsq_scale
+from tersor.quantization.fake_quantize_lsq_plus import fake_quantize_lsq_plus, lsq_plus_parameters
+from tersor.quantization.fake_quantize_pact import fake_quantize_pact
+from tersor.quantization.layers import QuantizedConv2d, QuantizedLinear, WeightFakeQuantize
+from tersor.quantization.percentile_bounds import percentile_bounds
+from tersor.quantization.weight_fake_quantize import weight_fake_quantize
+
+__all__ = [
+    "BoundedActivation",
+    "BoundsSchedule",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "WeightFakeQuantize",
+    "dynamic_gate",
+    "fake_quantize_add",
+    "fake_quantize_affine",
+    "fake_quantize_bounds",
+    "fake_quantize_lsq",
+    "fake_quantize_lsq_plus",
+    "fake_quantize_pact",
+    "lsq_plus_parameters",
+    "lsq_scale",
+    "percentile_bounds",
+    "weight_fake_quantize",
+]
