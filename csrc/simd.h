@@ -73,6 +73,22 @@ TERSOR_INLINE void store_first(A* p, Vec<A> v, int count) {
   for (int i = 0; i < count; ++i) p[i] = v[i];
 }
 
+// To the nearest whole number, ties to even; NaN and infinities stay.
+template <class A>
+TERSOR_INLINE Vec<A> round_even(Vec<A> x) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | 8);
+  else return (Vec<A>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT | 8);
+#elif TERSOR_ISA_LEVEL == 1
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | 8);
+  else return (Vec<A>)_mm256_round_pd((__m256d)x, _MM_FROUND_TO_NEAREST_INT | 8);
+#else
+  constexpr A limit = sizeof(A) == 4 ? A(0x1p23) : A(0x1p52);  // from here on all numbers are whole
+  const Vec<A> rounded = x < 0 ? (x - limit) + limit : (x + limit) - limit;
+  return x < limit && x > -limit ? rounded : x;
+#endif
+}
+
 // exp to 2 units in the last place; NaN stays NaN, underflow gives 0, overflow infinity.
 TERSOR_INLINE Vec<float> exp(Vec<float> x) {
   using Mask = Simd<float>::Mask;
@@ -135,6 +151,71 @@ TERSOR_INLINE Simd<float>::Mask to_bfloat16(Vec<float> v) {
   const Mask bits = (Mask)v;
   const Mask rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
   return v == v ? rounded : Mask{} + 0x7fc0;
+}
+
+// Consecutive elements of any type, widened; and rounded to the nearest of it.
+TERSOR_INLINE Vec<float> widen(const float* p) { return load(p); }
+TERSOR_INLINE Vec<double> widen(const double* p) { return load(p); }
+TERSOR_INLINE void narrow(float* p, Vec<float> v) { store<float>(p, v); }
+TERSOR_INLINE void narrow(double* p, Vec<double> v) { store<double>(p, v); }
+#if TERSOR_ISA_LEVEL == 2
+TERSOR_INLINE Vec<float> widen(const Half* p) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+TERSOR_INLINE Vec<float> widen(const BFloat16* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+}
+TERSOR_INLINE void narrow(Half* p, Vec<float> v) {
+  const __m256i words = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
+TERSOR_INLINE void narrow(BFloat16* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)to_bfloat16(v)));
+}
+#elif TERSOR_ISA_LEVEL == 1
+TERSOR_INLINE Vec<float> widen(const Half* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+TERSOR_INLINE Vec<float> widen(const BFloat16* p) {
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
+}
+TERSOR_INLINE void narrow(Half* p, Vec<float> v) {
+  const __m128i words = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+}
+TERSOR_INLINE void narrow(BFloat16* p, Vec<float> v) {
+  const __m256i wide = (__m256i)to_bfloat16(v);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+}
+#else
+template <class T>
+TERSOR_INLINE Vec<float> widen(const T* p) {
+  Vec<float> v;
+  for (int i = 0; i < Simd<float>::lanes; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+}
+template <class T>
+TERSOR_INLINE void narrow(T* p, Vec<float> v) {
+  for (int i = 0; i < Simd<float>::lanes; ++i) p[i] = static_cast<T>(v[i]);
+}
+#endif
+
+// The same for the first `count` elements; the other lanes are zero.
+template <class A, class T>
+TERSOR_INLINE Vec<A> load_as(const T* p, int count) {
+  if (__builtin_expect(count >= Simd<A>::lanes, 1)) return widen(p);
+  Vec<A> v{};
+  for (int i = 0; i < count; ++i) v[i] = static_cast<A>(p[i]);
+  return v;
+}
+
+template <class A, class T>
+TERSOR_INLINE void store_as(T* p, Vec<A> v, int count) {
+  if (__builtin_expect(count >= Simd<A>::lanes, 1)) return narrow(p, v);
+  for (int i = 0; i < count; ++i) p[i] = static_cast<T>(v[i]);
 }
 
 // ---- Tokens: `lanes` consecutive positions, each with its channels side by side in memory ----

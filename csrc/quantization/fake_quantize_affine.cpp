@@ -1,0 +1,57 @@
+// Affine fake-quantisation on the CPU (specification: pyops/quantization/fake_quantize_affine.py).
+
+#include "quantization/fake_quantize.h"
+
+#define TERSOR_BODY "quantization/fake_quantize_affine_kernels.h"
+#include "foreach_isa.h"
+
+#include "quantization/fake_quantize_run.h"
+
+namespace tersor::fake_quantize {
+namespace {
+
+struct Rule {
+  bool corrected;
+
+  template <class A>
+  bool check(const A* p) const {
+    STD_TORCH_CHECK(std::isfinite(p[0]) && p[0] > 0 && std::isfinite(p[1]),
+                    "fake_quantize_affine: scale must be finite and greater than 0 and zero_point finite, got ", p[0],
+                    " and ", p[1]);
+    return divides_fast(p[0]);
+  }
+
+  template <class T, class A>
+  Kernels<A> kernels(bool fast) const {
+    return TERSOR_FOR_ISA(affine_kernels<T, A>)(corrected, fast);
+  }
+};
+
+std::vector<double> options(int64_t quant_min, int64_t quant_max, double grad_factor) {
+  STD_TORCH_CHECK(-(1 << 23) <= quant_min && quant_min < quant_max && quant_max <= (1 << 23),
+                  "quant_min must be less than quant_max, both within 2^23");
+  return {static_cast<double>(quant_min), static_cast<double>(quant_max), grad_factor};
+}
+
+Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+               double grad_factor, bool corrected) {
+  const Rule rule{corrected};
+  return Call(rule, {input}, {scale, zero_point}, options(quant_min, quant_max, grad_factor)).forward();
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                                            const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+                                            double grad_factor, bool corrected) {
+  const Rule rule{corrected};
+  const auto g =
+      Call(rule, {input}, {scale, zero_point}, options(quant_min, quant_max, grad_factor)).backward(grad_output);
+  return {g[0], g[1], g[2]};
+}
+
+}  // namespace
+}  // namespace tersor::fake_quantize
+
+STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, module) {
+  module.impl("fake_quantize_affine_forward", TORCH_BOX(&tersor::fake_quantize::forward));
+  module.impl("fake_quantize_affine_backward", TORCH_BOX(&tersor::fake_quantize::backward));
+}
