@@ -7,6 +7,7 @@ here unasked, as that takes seconds.
 
 import sys
 
+from tersor.models._super_resolution import attention_transfer, load_full_precision
 from tersor.models._timm import register_timm
 from tersor.models.dilateformer import (
     DilateFormer,
@@ -15,16 +16,31 @@ from tersor.models.dilateformer import (
     dilateformer_small,
     dilateformer_tiny,
 )
+from tersor.models.edsr import EDSR, edsr_baseline, edsr_tiny
 from tersor.models.layers import load_checkpoint
+from tersor.models.rdn import RDN, rdn_a, rdn_b, rdn_tiny
+from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
 
 __all__ = [
+    "EDSR",
+    "RDN",
     "DilateFormer",
+    "SRResNet",
+    "attention_transfer",
     "dilateformer_base",
     "dilateformer_nano",
     "dilateformer_small",
     "dilateformer_tiny",
+    "edsr_baseline",
+    "edsr_tiny",
     "load_checkpoint",
+    "load_full_precision",
+    "rdn_a",
+    "rdn_b",
+    "rdn_tiny",
     "register_timm",
+    "srresnet",
+    "srresnet_tiny",
 ]
 
 if "timm" in sys.modules:

@@ -136,7 +136,8 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
     Args:
         model: receives the weights in place.
         source: a ``.safetensors`` file, a file written by ``torch.save`` (read with ``weights_only=True``), or what
-            such a file holds: a state dict, or a dict with one under ``"model"`` or ``"model_ema"``.
+            such a file holds: a state dict, or a dict with one under ``"model"``, ``"state_dict"``
+            or ``"model_ema"``.
         ema: take the averaged weights under ``"model_ema"``; without it they are taken only if nothing else is there.
 
     Raises:
@@ -150,12 +151,12 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
         raise TypeError(f"load_checkpoint: source must be a path or a dict, got {type(source).__name__}")
     if ema and "model_ema" not in source:
         raise ValueError("load_checkpoint: ema=True, but there is nothing under 'model_ema'")
-    wrappers = ("model_ema",) if ema else ("model", "model_ema")
+    wrappers = ("model_ema",) if ema else ("model", "state_dict", "model_ema")
     name = next((key for key in wrappers if isinstance(source.get(key), Mapping)), None)
     state = source if name is None else source[name]
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
-            "load_checkpoint: source must be a state dict or hold one under 'model' or 'model_ema', "
+            "load_checkpoint: source must be a state dict or hold one under 'model', 'state_dict' or 'model_ema', "
             f"got keys {', '.join(map(str, list(source)[:5])) or '(none)'}"
         )
     model.load_state_dict(state, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from subject import Subject
-from subjects import SUBJECTS, clones, gradients
+from subjects import SUBJECTS, clones, gradients, parameter_sums
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tersor
@@ -23,7 +23,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
         metafunc.parametrize(("subject", "name"), RAW, ids=[f"{subject}-{name}" for subject, name in RAW])
     elif "subject" in metafunc.fixturenames:
-        metafunc.parametrize("subject", SUBJECTS, ids=repr)
+        every = not metafunc.definition.get_closest_marker("differentiable")
+        metafunc.parametrize("subject", [s for s in SUBJECTS if every or s.differentiable], ids=repr)
 
 
 def dtypes_of(subject: Subject, run: tuple[str, str]) -> list[torch.dtype]:
@@ -65,10 +66,18 @@ def test_opcheck(subject: Subject, name: str, grad: bool, run: tuple[str, str]) 
             torch.library.opcheck(REGISTRY[name].overload, arguments)
 
 
+@pytest.mark.differentiable
 def test_gradcheck(subject: Subject, run: tuple[str, str]) -> None:
+    """By finite differences; a quantiser's against torch's own derivative of the straight-through formula."""
     if exact_dtype(run) != torch.float64:
         pytest.skip("this backend has no float64; its gradients are compared with the reference's instead")
-    assert torch.autograd.gradcheck(subject, subject.make(torch.float64, run[0]))
+    if not subject.quantizer:
+        assert torch.autograd.gradcheck(subject, subject.make(torch.float64, run[0]))
+        return
+    for size in sizes_of(subject, run)[:4]:
+        tensors = subject.make(torch.float64, run[0], size=size)
+        for e, g in zip(gradients(subject.exact, clones(tensors)), gradients(subject, tensors), strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
 
 
 def test_error_is_within_twice_that_of_torch(subject: Subject, run: tuple[str, str]) -> None:
@@ -76,9 +85,17 @@ def test_error_is_within_twice_that_of_torch(subject: Subject, run: tuple[str, s
     for dtype in dtypes_of(subject, run):
         for size in sizes_of(subject, run):
             tensors = subject.make(dtype, run[0], size=size)
-            exact = gradients(subject.exact, tuple(t.detach().double().requires_grad_() for t in tensors))
-            plain = gradients(subject.exact, clones(tensors))
+            exact = gradients(subject.exact, subject.widened(tensors))
             ours = gradients(subject, clones(tensors))
+            if subject.quantizer:
+                assert torch.equal(ours[0], exact[0].to(dtype)), f"{dtype} {size}"
+                for e, o in zip(exact[1 : 1 + subject.data], ours[1:], strict=False):
+                    rounding = 2e-6 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps
+                    torch.testing.assert_close(o, e.to(dtype), rtol=rounding, atol=rounding)
+                if subject.differentiable:
+                    _check_sums(subject, tensors, ours[1 + subject.data :])
+                continue
+            plain = gradients(subject.exact, clones(tensors))
             for e, p, o in zip(exact, plain, ours, strict=True):
                 assert o.dtype == dtype
                 size_of = e.abs().max().clamp(min=1)
@@ -88,10 +105,22 @@ def test_error_is_within_twice_that_of_torch(subject: Subject, run: tuple[str, s
                 assert error.item() <= bound, f"{dtype} {size}: {error.item():.2e} > {bound:.2e}"
 
 
+def _check_sums(subject: Subject, tensors: tuple[torch.Tensor, ...], given: list[torch.Tensor]) -> None:
+    sums = parameter_sums(subject, tensors)
+    for (exact, allowed), own, parameter in zip(sums, given, tensors[subject.data :], strict=True):
+        assert own.dtype == parameter.dtype
+        assert ((own.double() - exact).abs() <= allowed).all(), f"{own} instead of {exact}, {allowed} allowed"
+
+
 def test_autocast(subject: Subject, run: tuple[str, str]) -> None:
     device = run[0]
     half = torch.float16 if run == ("cpu", "triton") else torch.bfloat16
     tensors = subject.make(torch.float32, device)
+    if subject.quantizer:
+        with torch.autocast(device, half):
+            assert torch.equal(subject(*tensors), subject(*clones(tensors)))
+            assert subject(*tensors).dtype == torch.float32, "rounded in float32, whatever autocast says"
+        return
     with torch.autocast(device, half):
         output = subject(*tensors)
         for name in subject.operators:
@@ -147,6 +176,7 @@ def test_export(subject: Subject, run: tuple[str, str]) -> None:
     assert torch.equal(program.module()(*tensors), subject(*tensors))
 
 
+@pytest.mark.differentiable
 def test_functional_gradients(subject: Subject, run: tuple[str, str]) -> None:
     def loss(*tensors: torch.Tensor) -> torch.Tensor:
         return subject(*tensors).square().sum()
@@ -171,9 +201,12 @@ def test_vmap(subject: Subject, run: tuple[str, str]) -> None:
     for dim in (0, 1):
         batched = tuple(torch.stack(t, dim) for t in zip(*samples, strict=True))
         output = torch.func.vmap(subject, in_dims=dim)(*batched)
-        grads = torch.func.vmap(torch.func.grad(loss, every), in_dims=dim)(*batched)
         for i, sample in enumerate(samples):
             torch.testing.assert_close(output[i], subject(*sample))
+        if not subject.differentiable:
+            continue
+        grads = torch.func.vmap(torch.func.grad(loss, every), in_dims=dim)(*batched)
+        for i, sample in enumerate(samples):
             for e, g in zip(torch.func.grad(loss, every)(*sample), grads, strict=True):
                 torch.testing.assert_close(g[i], e)
     if len(every) > 1:  # the first argument shared by all
@@ -183,6 +216,7 @@ def test_vmap(subject: Subject, run: tuple[str, str]) -> None:
         torch.testing.assert_close(output[2], subject(samples[0][0], *samples[2][1:]))
 
 
+@pytest.mark.differentiable
 def test_second_derivative_is_refused(subject: Subject, run: tuple[str, str]) -> None:
     tensors = subject.make(torch.float32, run[0])
     (first,) = torch.autograd.grad(subject(*tensors).square().sum(), tensors[:1], create_graph=True)
@@ -241,17 +275,20 @@ def test_any_strides(subject: Subject, run: tuple[str, str]) -> None:
     expected = gradients(subject, clones(tensors))
 
     def strided(t: torch.Tensor) -> list[torch.Tensor]:
+        if t.dim() < 2:
+            return [t.detach(), t.detach().repeat_interleave(2)[::2], t.detach()]
         last_first = t.detach().movedim(-1, 0).contiguous().movedim(0, -1)
         gaps = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])[..., ::2].copy_(t.detach())
         backwards = t.detach().transpose(0, 1).contiguous().transpose(0, 1)
         return [last_first, gaps, backwards]
 
     for layout in zip(*map(strided, tensors), strict=True):
-        inputs = tuple(t.requires_grad_() for t in layout)
+        inputs = tuple(t.requires_grad_(subject.differentiable) for t in layout)
         for e, g in zip(expected, gradients(subject, inputs), strict=True):
             torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.differentiable
 def test_any_incoming_gradient(subject: Subject, run: tuple[str, str]) -> None:
     """Expanded (from sum), split, channels-first and every-other-element gradients."""
     tensors = subject.make(torch.float32, run[0])
@@ -269,6 +306,7 @@ def test_any_incoming_gradient(subject: Subject, run: tuple[str, str]) -> None:
         assert all(torch.equal(e, g) for e, g in zip(expected, given, strict=True)), name
 
 
+@pytest.mark.differentiable
 def test_some_inputs_without_gradient(subject: Subject, run: tuple[str, str]) -> None:
     tensors = subject.make(torch.float32, run[0])
     expected = gradients(subject, clones(tensors))[1:]
@@ -293,14 +331,39 @@ def test_inputs_are_left_alone(subject: Subject, run: tuple[str, str]) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_values(subject: Subject, value: float, run: tuple[str, str]) -> None:
     """Non-finite results appear just where plain torch has them, and finite ones stay right."""
-    for which in range(len(subject.make(torch.float32, run[0]))):
+    # A quantiser refuses such parameters.
+    for which in range(1 if subject.quantizer else len(subject.make(torch.float32, run[0]))):
         tensors = subject.make(torch.float32, run[0], size=sizes_of(subject, run)[-1])
         with torch.no_grad():
             tensors[which].view(-1)[tensors[which].numel() // 2] = value
+        if subject.quantizer:
+            _compare_with_reference(subject, tensors)
+            continue
         for e, o in zip(gradients(subject.exact, clones(tensors)), gradients(subject, clones(tensors)), strict=True):
             finite = e.isfinite()
             assert torch.equal(o.isfinite(), finite)
             torch.testing.assert_close(o[finite], e[finite], atol=1e-4, rtol=1e-4)
+
+
+def _compare_with_reference(subject: Subject, tensors: tuple[torch.Tensor, ...]) -> None:
+    """Outputs and the first input's gradient bit by bit, sums closely; or the same refusal."""
+    with tersor.use_backend("reference"):
+        try:
+            expected = gradients(subject, clones(tensors))
+        except ValueError:
+            expected = None
+    if expected is None:
+        with pytest.raises(ValueError, match="finite"):
+            subject(*tensors)
+        return
+    given = gradients(subject, clones(tensors))
+    for e, g in zip(expected[: 1 + subject.data], given, strict=False):
+        torch.testing.assert_close(g, e, rtol=0, atol=0, equal_nan=True)
+    finite = all(g.isfinite().all() for g in expected[1 + subject.data :])
+    if finite and subject.differentiable:
+        _check_sums(subject, tensors, given[1 + subject.data :])
+    for e, g in zip(expected[1 + subject.data :], given[1 + subject.data :], strict=True):
+        assert torch.equal(e.isfinite(), g.isfinite())
 
 
 def test_poisoned_memory(subject: Subject, run: tuple[str, str]) -> None:
@@ -326,6 +389,11 @@ def test_bad_tensors(subject: Subject) -> None:
         subject([1.0], *tensors[1:])
     with pytest.raises(TypeError, match="strided"):
         subject(tensors[0].to_sparse(), *tensors[1:])
+    if subject.quantizer:
+        if len(tensors) > 1:
+            with pytest.raises(ValueError, match=r"must be on the device of input|must have the shape of input"):
+                subject(*tensors[:-1], tensors[-1].to("meta"))
+        return
     with pytest.raises(ValueError, match="got shape"):
         subject(tensors[0][0], *(t[0] for t in tensors[1:]))
     if len(tensors) > 1:
@@ -345,6 +413,11 @@ def test_meta_tensors(subject: Subject) -> None:
 
 def test_backends_agree(subject: Subject) -> None:
     tensors = subject.make(torch.float32, "cpu", requires_grad=False)
+    if subject.quantizer:
+        for dtype in subject.dtypes:
+            for size in subject.sizes:
+                _compare_with_reference(subject, subject.make(dtype, "cpu", size=size))
+        return
     with tersor.use_backend("reference"):
         expected = subject(*tensors)
     torch.testing.assert_close(subject(*tensors), expected, atol=1e-6, rtol=1e-5)

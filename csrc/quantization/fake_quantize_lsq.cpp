@@ -24,19 +24,21 @@ struct Rule {
   }
 };
 
-std::vector<double> options(int64_t quant_min, int64_t quant_max, double grad_factor) {
+std::vector<double> options(const Tensor& input, const Tensor& scale, int64_t quant_min, int64_t quant_max,
+                            std::optional<double> grad_factor) {
   STD_TORCH_CHECK(-(1 << 23) <= quant_min && quant_min < quant_max && quant_max <= (1 << 23),
                   "quant_min must be less than quant_max, both within 2^23");
-  return {static_cast<double>(quant_min), static_cast<double>(quant_max), grad_factor};
+  return {static_cast<double>(quant_min), static_cast<double>(quant_max),
+          grad_factor.value_or(paper_factor(input, scale, quant_max))};
 }
 
-Tensor forward(const Tensor& input, const Tensor& scale, int64_t quant_min, int64_t quant_max, double grad_factor) {
-  return Call(Rule{}, {input}, {scale}, options(quant_min, quant_max, grad_factor)).forward();
+Tensor forward(const Tensor& input, const Tensor& scale, int64_t quant_min, int64_t quant_max, std::optional<double> grad_factor) {
+  return Call(Rule{}, {input}, {scale}, options(input, scale, quant_min, quant_max, grad_factor)).forward();
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
-                                    int64_t quant_min, int64_t quant_max, double grad_factor) {
-  const auto g = Call(Rule{}, {input}, {scale}, options(quant_min, quant_max, grad_factor)).backward(grad_output);
+                                    int64_t quant_min, int64_t quant_max, std::optional<double> grad_factor) {
+  const auto g = Call(Rule{}, {input}, {scale}, options(input, scale, quant_min, quant_max, grad_factor)).backward(grad_output);
   return {g[0], g[1]};
 }
 

@@ -26,18 +26,19 @@ struct Rule {
   }
 };
 
-std::vector<double> options(int64_t levels, double grad_factor) {
+std::vector<double> options(const Tensor& input, const Tensor& scale, int64_t levels,
+                            std::optional<double> grad_factor) {
   STD_TORCH_CHECK(levels > 0 && levels <= (1 << 23), "levels must be from 1 to 2^23");
-  return {static_cast<double>(levels), grad_factor};
+  return {static_cast<double>(levels), grad_factor.value_or(paper_factor(input, scale, levels))};
 }
 
-Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& offset, int64_t levels, double grad_factor) {
-  return Call(Rule{}, {input}, {scale, offset}, options(levels, grad_factor)).forward();
+Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& offset, int64_t levels, std::optional<double> grad_factor) {
+  return Call(Rule{}, {input}, {scale, offset}, options(input, scale, levels, grad_factor)).forward();
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
-                                            const Tensor& offset, int64_t levels, double grad_factor) {
-  const auto g = Call(Rule{}, {input}, {scale, offset}, options(levels, grad_factor)).backward(grad_output);
+                                            const Tensor& offset, int64_t levels, std::optional<double> grad_factor) {
+  const auto g = Call(Rule{}, {input}, {scale, offset}, options(input, scale, levels, grad_factor)).backward(grad_output);
   return {g[0], g[1], g[2]};
 }
 

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -188,17 +189,23 @@ bool divides_fast(A b) {
   return sizeof(A) == 4 && std::fabs(b) > A(0x1p-60) && std::fabs(b) < A(0x1p60);
 }
 
+// LSQ's: 1 / sqrt(elements per step * highest level).
+inline double paper_factor(const Tensor& input, const Tensor& scale, int64_t highest) {
+  const int64_t elements = std::max<int64_t>(1, input.numel() / std::max<int64_t>(1, scale.numel()));
+  return 1.0 / std::sqrt(static_cast<double>(elements) * static_cast<double>(highest));
+}
+
 // One call of a rule: the tensors, its options as numbers, what to check and which kernels to take.
 template <class Rule>
 struct Call {
   const Rule& rule;
-  std::vector<Tensor> inputs, parameters;
+  std::vector<Tensor> given, inputs, parameters;  // as given, and in one memory order
   std::vector<double> options;
   Layout layout;
 
   Call(const Rule& rule, const std::vector<Tensor>& tensors, const std::vector<Tensor>& parameters,
        std::vector<double> options)
-      : rule(rule), parameters(parameters), options(std::move(options)) {
+      : rule(rule), given(tensors), parameters(parameters), options(std::move(options)) {
     const ScalarType dtype = tensors[0].scalar_type();
     STD_TORCH_CHECK(tensors[0].is_cpu(), "input must be a CPU tensor");
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
@@ -261,6 +268,12 @@ struct Call {
     for (size_t i = 0; i < inputs.size(); ++i) outputs.push_back(torch::stable::empty_like(inputs[0]));
     for (const Tensor& p : parameters) gradients.push_back(torch::stable::empty_like(p));
     run_any(&grad, outputs, gradients);
+    for (size_t i = 1; i < outputs.size(); ++i) {  // each gradient is laid out like its own input
+      if (same_strides(given[i], inputs[0])) continue;
+      Tensor own = torch::stable::empty_like(given[i]);
+      torch::stable::copy_(own, outputs[i]);
+      outputs[i] = own;
+    }
     outputs.insert(outputs.end(), gradients.begin(), gradients.end());
     return outputs;
   }

@@ -61,7 +61,7 @@ def dynamic_gate(
         raise ValueError(f"{name}: input must have at least one element, got shape {tuple(input.shape)}")
     if check_bits(name, bits) == 32:
         raise ValueError(f"{name}: bits must be 2 to 8, got 32")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
         means = input.detach().mean((2, 3), dtype=hidden_weight.dtype)
         hidden = F.linear(
             _quantize(means, bits, per_sample, "the channels' means"),
@@ -69,7 +69,8 @@ def dynamic_gate(
         )
         hidden = torch.relu(norm(hidden[:, :, None, None])).flatten(1)
         hidden = _quantize(hidden, bits, per_sample, "the hidden activations")
-    logits = F.linear(hidden, weight_fake_quantize(output_weight.flatten(1), bits))
+    with torch.autocast(input.device.type, enabled=False):
+        logits = F.linear(hidden, weight_fake_quantize(output_weight.flatten(1), bits))
     return 2 * torch.sigmoid(logits), logits
 
 

@@ -41,9 +41,7 @@ def fake_quantize_lsq(
     if bits == 32:
         return input
     quant_min, quant_max = quant_range(bits, signed)
-    if grad_factor is None:
-        grad_factor = paper_grad_factor(input, scale, quant_max)
-    return _lsq(input, scale, quant_min, quant_max, float(grad_factor))
+    return _lsq(input, scale, quant_min, quant_max, None if grad_factor is None else float(grad_factor))
 
 
 def lsq_scale(input: Tensor, bits: int, signed: bool = False) -> Tensor:
@@ -57,23 +55,26 @@ def quant_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def paper_grad_factor(input: Tensor, scale: Tensor, quant_max: int) -> float:
-    """1 / sqrt(elements per step * Qp); 1 for an empty input, whose gradient is 0 anyway."""
+def factor_or_paper(grad_factor: float | None, input: Tensor, scale: Tensor, quant_max: int) -> float:
+    """The factor, or where it is None 1 / sqrt(elements per step * Qp); 1 element for an empty input."""
+    if grad_factor is not None:
+        return grad_factor
     return float(max(input.numel() // scale.numel(), 1) * quant_max) ** -0.5
 
 
-def _quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float) -> Tensor:
+def _quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float | None) -> Tensor:
     return torch.round((x / scale).clamp(quant_min, quant_max)) * scale
 
 
 def _differentiate(
-    grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float
+    grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float | None
 ) -> tuple[Tensor, Tensor]:
     value = x / scale
     outside = (value <= quant_min) | (value >= quant_max)
     clipped = value.clamp(quant_min, quant_max)
     step = torch.where(outside, clipped, torch.round(clipped) - value)
-    return torch.where(outside, 0, grad), grad_factor * grad * step
+    factor = factor_or_paper(grad_factor, x, scale, quant_max)
+    return torch.where(outside, 0, grad), factor * grad * step
 
 
 _lsq = quantizer(
@@ -81,7 +82,7 @@ _lsq = quantizer(
     "fake_quantize_lsq",
     Rule(
         parameters=("scale",),
-        constants="int quant_min, int quant_max, float grad_factor",
+        constants="int quant_min, int quant_max, float? grad_factor",
         quantize=_quantize,
         differentiate=_differentiate,
         check_values=lambda scale: check_positive("fake_quantize_lsq", scale=scale),

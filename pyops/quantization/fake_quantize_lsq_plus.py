@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tersor.quantization._quantizer import Rule, check_bits, check_parameters, quantizer
-from tersor.quantization.fake_quantize_lsq import paper_grad_factor
+from tersor.quantization.fake_quantize_lsq import factor_or_paper
 from tersor.quantization.fake_quantize_pact import check_positive
 
 
@@ -43,9 +43,7 @@ def fake_quantize_lsq_plus(
     if bits == 32:
         return input
     levels = 2**bits - 1
-    if grad_factor is None:
-        grad_factor = paper_grad_factor(input, scale, levels)
-    return _lsq_plus(input, scale, offset, levels, float(grad_factor))
+    return _lsq_plus(input, scale, offset, levels, None if grad_factor is None else float(grad_factor))
 
 
 def lsq_plus_parameters(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -61,19 +59,20 @@ def _check_values(scale: Tensor, offset: Tensor) -> None:
         raise ValueError(f"fake_quantize_lsq_plus: offset must be finite, got {offset.detach().flatten().tolist()[:4]}")
 
 
-def _quantize(x: Tensor, scale: Tensor, offset: Tensor, levels: int, grad_factor: float) -> Tensor:
+def _quantize(x: Tensor, scale: Tensor, offset: Tensor, levels: int, grad_factor: float | None) -> Tensor:
     return torch.round(((x - offset) / scale).clamp(0, levels)) * scale + offset
 
 
 def _differentiate(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, levels: int, grad_factor: float
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, levels: int, grad_factor: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     value = (x - offset) / scale
     outside = (value <= 0) | (value >= levels)
     clipped = value.clamp(0, levels)
     step = torch.where(outside, clipped, torch.round(clipped) - value)
     grad_input = torch.where(outside, 0, grad)
-    return grad_input, grad_factor * grad * step, grad_factor * (grad - grad_input)
+    factor = factor_or_paper(grad_factor, x, scale, levels)
+    return grad_input, factor * grad * step, factor * (grad - grad_input)
 
 
 _lsq_plus = quantizer(
@@ -81,7 +80,7 @@ _lsq_plus = quantizer(
     "fake_quantize_lsq_plus",
     Rule(
         parameters=("scale", "offset"),
-        constants="int levels, float grad_factor",
+        constants="int levels, float? grad_factor",
         quantize=_quantize,
         differentiate=_differentiate,
         check_values=_check_values,

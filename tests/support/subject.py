@@ -29,6 +29,12 @@ class Subject:
         raw: ``(operator name, size, dtype, device) -> arguments`` of a direct call of an operator.
         sizes: small shapes, the first one the plainest; all must have the same number of dimensions.
         dtypes: floating-point types that every backend takes; float64 as well on the CPU.
+        quantizer: it rounds to levels. The first tensor may have any shape, the others are its parameters and have
+            at least float32; ``exact`` computes in its tensors' dtype with straight-through rounding, and results are
+            compared bit by bit. The output has the first tensor's dtype, under autocast too.
+        data: of a quantiser, how many of the tensors are quantised; the rest are parameters.
+        differentiable: whether it has gradients at all.
+        name: in the tests' names, where one function has several subjects.
     """
 
     function: Callable[..., torch.Tensor]
@@ -39,6 +45,10 @@ class Subject:
     raw: Callable[[str, Any, torch.dtype, str], tuple[Any, ...]]
     sizes: Sequence[Any]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    quantizer: bool = False
+    data: int = 1
+    differentiable: bool = True
+    name: str = ""
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         return self.function(*tensors, *self.options)
@@ -47,10 +57,17 @@ class Subject:
         self, dtype: torch.dtype, device: str, *, size: Any = None, requires_grad: bool = True
     ) -> tuple[torch.Tensor, ...]:
         tensors = self.inputs(self.sizes[0] if size is None else size, dtype, device)
-        return tuple(t.detach().requires_grad_(requires_grad) for t in tensors)
+        return tuple(t.detach().requires_grad_(requires_grad and self.differentiable) for t in tensors)
+
+    def widened(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What the exact results are computed from: float64, or for a quantiser the dtype that it computes in."""
+        dtype = torch.float64
+        if self.quantizer and tensors[0].dtype != torch.float64:
+            dtype = torch.float32
+        return tuple(t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad) for t in tensors)
 
     def __repr__(self) -> str:
-        return self.function.__name__
+        return self.name or self.function.__name__
 
 
 def load_test_module(place: str) -> ModuleType:

@@ -15,11 +15,34 @@ SUBJECTS: list[Subject] = [subject for place in PLACES for subject in load_test_
 
 
 def gradients(function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """Output and gradients for a fixed, uneven incoming gradient."""
+    """Output and gradients for a fixed, uneven incoming gradient; the output only, where none is wanted."""
     output = function(*tensors)
+    if not output.requires_grad:
+        return [output]
     weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output).to(output.dtype)
     return [output, *torch.autograd.grad(output, tensors, weights)]
 
 
 def clones(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(t.detach().clone().requires_grad_() for t in tensors)
+    return tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+
+
+def parameter_sums(subject: Subject, tensors: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each of a quantiser's parameters its gradient, summed in float64, and the error allowed to a float32 sum.
+
+    What each element gives comes from torch, by giving each element a parameter of its own.
+    """
+    data = subject.widened(tensors[: subject.data])
+    wide = [p.detach().to(data[0].dtype) for p in tensors[subject.data :]]
+    own = [(p.reshape(()) if p.numel() == 1 else p).expand_as(data[0]).clone().requires_grad_() for p in wide]
+    given = gradients(subject.exact, (*data, *own))[1 + subject.data :]
+    results = []
+    for parameter, each in zip(wide, given, strict=True):
+        total, size = (
+            c.double().sum().reshape(parameter.shape)
+            if parameter.numel() == 1
+            else c.double().sum_to_size(parameter.shape)
+            for c in (each, each.abs())
+        )
+        results.append((total, 1e-6 * size + 1e-6))
+    return results
