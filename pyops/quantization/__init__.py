@@ -10,6 +10,7 @@ from tersor.quantization.fake_quantize_lsq import fake_quantize_lsq, lsq_scale
 from tersor.quantization.fake_quantize_lsq_plus import fake_quantize_lsq_plus, lsq_plus_parameters
 from tersor.quantization.fake_quantize_pact import fake_quantize_pact
 from tersor.quantization.layers import QuantizedConv2d, QuantizedLinear, WeightFakeQuantize
+from tersor.quantization.onnx_export import export_onnx
 from tersor.quantization.percentile_bounds import percentile_bounds
 from tersor.quantization.weight_fake_quantize import weight_fake_quantize
 
@@ -20,6 +21,7 @@ __all__ = [
     "QuantizedLinear",
     "WeightFakeQuantize",
     "dynamic_gate",
+    "export_onnx",
     "fake_quantize_add",
     "fake_quantize_affine",
     "fake_quantize_bounds",
