@@ -33,7 +33,7 @@ def dtypes_of(subject: Subject, run: tuple[str, str]) -> list[torch.dtype]:
     if backend == "reference" or (device, backend) == ("cpu", "native"):
         dtypes.append(torch.float64)
     if device == "cpu" and backend == "triton":
-        dtypes.remove(torch.bfloat16)  # Triton's interpreter is wrong for it
+        dtypes = [d for d in dtypes if d != torch.bfloat16]  # Triton's interpreter is wrong for it
     return dtypes
 
 
@@ -59,7 +59,7 @@ def test_runs_the_backend_it_claims(subject: Subject, run: tuple[str, str]) -> N
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_opcheck(subject: Subject, name: str, grad: bool, run: tuple[str, str]) -> None:
     for dtype in dtypes_of(subject, run):
-        for size in sizes_of(subject, run):
+        for size in sizes_of(subject, run)[: None if dtype == torch.float32 else 1]:
             arguments = subject.raw(name, size, dtype, run[0])
             if grad and REGISTRY[name].derivative is not None:
                 arguments = tuple(a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -85,7 +85,7 @@ def test_error_is_within_twice_that_of_torch(subject: Subject, run: tuple[str, s
     for dtype in dtypes_of(subject, run):
         for size in sizes_of(subject, run):
             tensors = subject.make(dtype, run[0], size=size)
-            exact = gradients(subject.exact, subject.widened(tensors))
+            exact = gradients(subject.exact, subject.widened(tensors), dtype if subject.quantizer else None)
             ours = gradients(subject, clones(tensors))
             if subject.quantizer:
                 assert torch.equal(ours[0], exact[0].to(dtype)), f"{dtype} {size}"
@@ -218,6 +218,8 @@ def test_vmap(subject: Subject, run: tuple[str, str]) -> None:
 
 @pytest.mark.differentiable
 def test_second_derivative_is_refused(subject: Subject, run: tuple[str, str]) -> None:
+    if len(subject.operators) == 1:
+        pytest.skip("its derivative is the identity, which may be differentiated again")
     tensors = subject.make(torch.float32, run[0])
     (first,) = torch.autograd.grad(subject(*tensors).square().sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once differentiable"):
@@ -359,11 +361,10 @@ def _compare_with_reference(subject: Subject, tensors: tuple[torch.Tensor, ...])
     given = gradients(subject, clones(tensors))
     for e, g in zip(expected[: 1 + subject.data], given, strict=False):
         torch.testing.assert_close(g, e, rtol=0, atol=0, equal_nan=True)
-    finite = all(g.isfinite().all() for g in expected[1 + subject.data :])
-    if finite and subject.differentiable:
+    if subject.differentiable and all(t.isfinite().all() for t in tensors):
         _check_sums(subject, tensors, given[1 + subject.data :])
     for e, g in zip(expected[1 + subject.data :], given[1 + subject.data :], strict=True):
-        assert torch.equal(e.isfinite(), g.isfinite())
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def test_poisoned_memory(subject: Subject, run: tuple[str, str]) -> None:

@@ -6,7 +6,7 @@
 namespace tersor::fake_quantize {
 
 constexpr int64_t BLOCK = 16384;  // elements of one partial sum: the results' bits depend on it, not on the threads
-constexpr int MOST_INPUTS = 2, MOST_CONSTANTS = 16, MOST_SUMS = 6;
+constexpr int MOST_INPUTS = 2, MOST_CONSTANTS = 18, MOST_SUMS = 6;
 
 // All tensors in the memory order of the first input: outer x groups x inner elements, and each of the `groups` has
 // its own parameters. `constants` holds what a rule makes of them, [groups][MOST_CONSTANTS] floats or doubles; where
@@ -27,6 +27,7 @@ template <class A>
 struct Kernels {
   void (*prepare)(const A* parameters, const double* options, A* constants);
   void (*finish)(const double* sums, const A* constants, const double* options, double* gradients);
+  bool (*exact)(const A* constants);
   void (*runs)(const Task&, int64_t first, int64_t last, int64_t per_run, double* partial);
   void (*rows)(const Task&, int64_t first, int64_t last, A* scratch, double* total);
   int constants, sums;

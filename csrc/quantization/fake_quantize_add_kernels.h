@@ -13,6 +13,7 @@ struct Add {
   static void prepare(const A* p, const double* option, A* c) {
     Part::prepare(p, option, c), Part::prepare(p + 2, option, c + Part::CONSTANTS);
   }
+  static bool exact(const A* c) { return Part::exact(c) && Part::exact(c + Part::CONSTANTS); }
   TERSOR_INLINE Vec<A> quantize(const Vec<A>* x, const Vec<A>* c) {
     return Part::quantize(x[0], c) + Part::quantize(x[1], c + Part::CONSTANTS);
   }

@@ -11,7 +11,7 @@ namespace tersor::fake_quantize {
 namespace {
 
 struct Rule {
-  bool unit;
+  bool unit, relu;
 
   template <class A>
   bool check(const A* p) const {
@@ -23,7 +23,7 @@ struct Rule {
 
   template <class T, class A>
   Kernels<A> kernels(bool fast) const {
-    return TERSOR_FOR_ISA(bounds_kernels<T, A>)(unit, fast);
+    return TERSOR_FOR_ISA(bounds_kernels<T, A>)(unit, relu, fast);
   }
 };
 
@@ -38,14 +38,14 @@ std::vector<double> options(int64_t bits, const std::string& rule, const std::st
 
 Tensor forward(const Tensor& input, const Tensor& lower, const Tensor& upper, int64_t bits, const std::string& rule,
                const std::string& tie, bool is_signed, bool relu, double grad_scale) {
-  const Rule chosen{rule == "unit"};
+  const Rule chosen{rule == "unit", relu};
   return Call(chosen, {input}, {lower, upper}, options(bits, rule, tie, is_signed, relu, grad_scale)).forward();
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& lower,
                                             const Tensor& upper, int64_t bits, const std::string& rule,
                                             const std::string& tie, bool is_signed, bool relu, double grad_scale) {
-  const Rule chosen{rule == "unit"};
+  const Rule chosen{rule == "unit", relu};
   const auto g = Call(chosen, {input}, {lower, upper}, options(bits, rule, tie, is_signed, relu, grad_scale))
                      .backward(grad_output);
   return {g[0], g[1], g[2]};

@@ -47,7 +47,8 @@ struct Unit {
 };
 
 template <class T, class A>
-static Kernels<A> bounds_kernels(bool unit, bool fast) {
+static Kernels<A> bounds_kernels(bool unit, bool relu, bool fast) {
+  if (relu && !unit) return kernels_by_division<DdtbAfterRelu, T, A>(fast);
   return unit ? kernels_by_division<Unit, T, A>(fast) : kernels_by_division<Ddtb, T, A>(fast);
 }
 

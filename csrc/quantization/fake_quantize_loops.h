@@ -21,13 +21,23 @@ TERSOR_INLINE Vec<A> divide(Vec<A> a, Vec<A> b, Vec<A> r) {
   return fma<A>(fma<A>(-q, b, a), r, q);
 }
 
-// NaN in x stays.
+// NaN in x stays: of two numbers that do not compare, the instructions give the second.
 template <class A>
 TERSOR_INLINE Vec<A> at_most(Vec<A> x, Vec<A> bound) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_min_ps((__m512)bound, (__m512)x);
+#elif TERSOR_ISA_LEVEL == 1
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_min_ps((__m256)bound, (__m256)x);
+#endif
   return x > bound ? bound : x;
 }
 template <class A>
 TERSOR_INLINE Vec<A> at_least(Vec<A> x, Vec<A> bound) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif TERSOR_ISA_LEVEL == 1
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_max_ps((__m256)bound, (__m256)x);
+#endif
   return x < bound ? bound : x;
 }
 
@@ -135,6 +145,16 @@ static void prepare(const A* parameters, const double* options, A* constants) {
   R::prepare(parameters, options, constants);
 }
 
+// Whether the shortcuts of a FAST rule are exact for these constants, where the rule has a test of its own.
+template <class R, class A, class = void>
+struct Verify {
+  static bool exact(const A*) { return true; }
+};
+template <class R, class A>
+struct Verify<R, A, std::void_t<decltype(&R::exact)>> {
+  static bool exact(const A* constants) { return R::exact(constants); }
+};
+
 template <class R, class A>
 static void finish(const double* sums, const A* constants, const double* options, double* gradients) {
   R::finish(sums, constants, options, gradients);
@@ -142,7 +162,7 @@ static void finish(const double* sums, const A* constants, const double* options
 
 template <class R, class T, class A>
 static Kernels<A> kernels_of() {
-  return {&prepare<R, A>, &finish<R, A>, &runs<R, T, A>, &rows<R, T, A>, R::CONSTANTS, R::SUMS};
+  return {&prepare<R, A>, &finish<R, A>, &Verify<R, A>::exact, &runs<R, T, A>, &rows<R, T, A>, R::CONSTANTS, R::SUMS};
 }
 
 // By whether divisions may go by reciprocals; float64 serves gradient checks, not speed.

@@ -229,8 +229,14 @@ struct Call {
     for (int64_t g = 0; g < task.groups; ++g) {
       fast = rule.check(prepared.parameters.data() + g * parameters.size()) && fast;
     }
-    const Kernels<A> kernels = rule.template kernels<T, A>(fast);
+    // Few elements of a group do not repay its verification.
+    fast = fast && (task.groups == 1 || task.outer * task.inner >= 1024);
+    Kernels<A> kernels = rule.template kernels<T, A>(fast);
     prepare<A>(kernels, parameters, options.data(), task, prepared);
+    for (int64_t g = 0; fast && g < task.groups; ++g) {
+      fast = kernels.exact(prepared.constants.data() + g * MOST_CONSTANTS);
+      if (!fast) kernels = rule.template kernels<T, A>(false);
+    }
     std::vector<double> sums;
     run<A>(kernels, task, grad_output ? &sums : nullptr);
     if (!grad_output) return;

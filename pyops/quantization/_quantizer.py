@@ -8,15 +8,17 @@ A rule states its formulas on tensors of the accumulation dtype; layouts, sums, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tersor._checks import as_int, check_floating
 from tersor._operator import Operator, call_function, operator
 
+_HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
 
@@ -35,6 +37,8 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_parameters(where: str, input: Tensor, **parameters: Any) -> list[Tensor]:
     """The parameters in the accumulation dtype, each of one element or along the same one dimension of ``input``."""
+    if _is_plain(input, parameters.values()):
+        return list(parameters.values())
     check_floating(where, input=input, **parameters)
     axes = {}
     for name, parameter in parameters.items():
@@ -55,6 +59,19 @@ def check_parameters(where: str, input: Tensor, **parameters: Any) -> list[Tenso
         raise ValueError(f"{where}: {' and '.join(axes)} must lie along the same dimension of input, got {axes}")
     dtype = exact_dtype(input.dtype)
     return [parameter if parameter.dtype == dtype else parameter.to(dtype) for parameter in parameters.values()]
+
+
+def _is_plain(input: Any, parameters: Iterable[Any]) -> bool:
+    """The usual case, in a quarter of the time that the checks take: one float32 element each, on one device."""
+    if type(input) is not Tensor or input.dtype not in _HALF_OR_SINGLE or input.layout != torch.strided:
+        return False
+    device = input.device
+    for p in parameters:
+        if (type(p) is not Tensor and type(p) is not Parameter) or p.dtype != torch.float32 or p.numel() != 1:
+            return False
+        if p.device != device or p.layout != torch.strided:
+            return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,7 @@ def differentiate_ddtb(
 
 
 def _quantize_unit(x: Tensor, lower: Tensor, upper: Tensor, bits: int, signed: bool) -> Tensor:
-    levels = 2**bits - 1
+    levels = torch.full_like(upper, 2**bits - 1)
     output = torch.round(((x - lower) / (upper - lower)).clamp(0, 1) * levels) / levels
     return (output - 0.5) * 2 if signed else output
 

@@ -59,7 +59,7 @@ def factor_or_paper(grad_factor: float | None, input: Tensor, scale: Tensor, qua
     """The factor, or where it is None 1 / sqrt(elements per step * Qp); 1 element for an empty input."""
     if grad_factor is not None:
         return grad_factor
-    return float(max(input.numel() // scale.numel(), 1) * quant_max) ** -0.5
+    return float(max(input.numel() // max(scale.numel(), 1), 1) * quant_max) ** -0.5
 
 
 def _quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float | None) -> Tensor:

@@ -47,7 +47,7 @@ def _quantize(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     clipped = torch.minimum(x.clamp(min=0), alpha)
     if bits == 32:
         return clipped
-    levels = 2**bits - 1
+    levels = torch.full_like(alpha, 2**bits - 1)  # by a plain number a GPU would multiply with the reciprocal
     return torch.round(clipped * levels / alpha) * alpha / levels
 
 

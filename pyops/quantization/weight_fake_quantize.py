@@ -96,7 +96,7 @@ def _reference(weight: Tensor, bits: int, mode: str, percentile: float) -> tuple
         _check_values(weight, mode, percentile)
     exact = weight.to(bounds.dtype)
     if mode == "symmetric":
-        levels, largest = 2 ** (bits - 1) - 1, bounds[1]
+        levels, largest = torch.full_like(bounds[1], 2 ** (bits - 1) - 1), bounds[1]
         output = torch.round(exact * levels / largest) * largest / levels
     else:
         output = quantize_ddtb(exact, bounds[0], bounds[1], bits)[0]

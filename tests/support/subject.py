@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -77,7 +78,7 @@ def load_test_module(place: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"subject_{family}_{name}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise FileNotFoundError(f"operator {place} has no {path.relative_to(TESTS.parent)}")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # the compiler looks functions up there
     spec.loader.exec_module(module)
     return module
 

@@ -14,12 +14,18 @@ PLACES = sorted({op.place for op in REGISTRY.values()})
 SUBJECTS: list[Subject] = [subject for place in PLACES for subject in load_test_module(place).SUBJECTS]
 
 
-def gradients(function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """Output and gradients for a fixed, uneven incoming gradient; the output only, where none is wanted."""
+def gradients(
+    function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...], dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """Output and gradients for a fixed, uneven incoming gradient; the output only, where none is wanted.
+
+    The incoming gradient is rounded to ``dtype`` (by default the output's), whatever is computed with it.
+    """
     output = function(*tensors)
     if not output.requires_grad:
         return [output]
-    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output).to(output.dtype)
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+    weights = weights.to(dtype or output.dtype).to(output.dtype)
     return [output, *torch.autograd.grad(output, tensors, weights)]
 
 
@@ -35,7 +41,7 @@ def parameter_sums(subject: Subject, tensors: tuple[torch.Tensor, ...]) -> list[
     data = subject.widened(tensors[: subject.data])
     wide = [p.detach().to(data[0].dtype) for p in tensors[subject.data :]]
     own = [(p.reshape(()) if p.numel() == 1 else p).expand_as(data[0]).clone().requires_grad_() for p in wide]
-    given = gradients(subject.exact, (*data, *own))[1 + subject.data :]
+    given = gradients(subject.exact, (*data, *own), tensors[0].dtype)[1 + subject.data :]
     results = []
     for parameter, each in zip(wide, given, strict=True):
         total, size = (
