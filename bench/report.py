@@ -50,8 +50,9 @@ def judge(targets: list[dict[str, Any]], measurements: list[dict[str, Any]], gro
             if target["against"] == "copy":
                 figure = own["share_of_copy"] if own else None
             else:
-                rivals = [m["median"] for name, m in rows.items() if fnmatchcase(name, target["against"])]
-                figure = min(rivals) / own["median"] if own and rivals else None
+                measure = "extra_memory_bytes" if target["memory"] else "median"
+                rivals = [m[measure] for name, m in rows.items() if fnmatchcase(name, target["against"])]
+                figure = min(rivals) / own[measure] if own and rivals else None
             reached = figure is not None and figure >= target["at_least"]
             verdicts.append(target | {"group": group, "figure": figure, "reached": reached})
     return verdicts
@@ -159,7 +160,9 @@ def _targets(targets: list[dict[str, Any]]) -> list[str]:
     for t in targets:
         copy = t["against"] == "copy"
         show = (lambda value: f"{value:.0%}") if copy else times
-        what = "share of the copy bandwidth" if copy else f"faster than {t['against'].replace('*', '')}"
+        rival = t["against"].replace("*", "")
+        what = f"less memory kept than {rival}" if t["memory"] else f"faster than {rival}"
+        what = "share of the copy bandwidth" if copy else what
         figure = "not timed" if t["figure"] is None else show(t["figure"])
         rows.append(
             [f"`{t['group']}`", what, show(t["at_least"]), figure, "reached" if t["reached"] else "**not reached**"]

@@ -7,7 +7,7 @@ import settings
 import torch
 import torch.nn.functional as F
 from harness import benchmark
-from suite import Implementation, Prepared, Suite
+from suite import Implementation, Prepared, Suite, Target
 
 from tersor.models.eager_quantization import make_eager_
 from tersor.models.edsr import EDSR
@@ -79,6 +79,7 @@ SUITE = Suite(
     prepare=prepare,
     implementations=IMPLEMENTATIONS,
     operators=["fake_quantize_bounds_forward", "fake_quantize_add_forward", "weight_fake_quantize_forward"],
+    targets=[Target("edsr/*/float32/training_step", "eager", 2, memory=True)],
 )
 
 bench_edsr = benchmark(SUITE)

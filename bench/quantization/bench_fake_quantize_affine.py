@@ -5,7 +5,7 @@ import math
 import settings
 import torch
 from harness import benchmark
-from quantizer_inputs import between_ties, in_float32
+from quantizer_inputs import between_ties, in_float32, tolerance
 from suite import Implementation, Suite, Target
 
 import tersor
@@ -49,6 +49,7 @@ SUITE = Suite(
     reference=lambda size: in_float32(ours(size)),
     implementations=IMPLEMENTATIONS,
     operators=["fake_quantize_affine_forward", "fake_quantize_affine_backward"],
+    tolerance=tolerance,
     targets=[Target("fake_quantize_affine/*/float32/*", "torch_learnable", 2 if CUDA else 30)],
 )
 

@@ -8,7 +8,7 @@ import math
 import settings
 import torch
 from harness import benchmark
-from quantizer_inputs import between_ties, in_float32
+from quantizer_inputs import between_ties, in_float32, tolerance
 from suite import Implementation, Suite, Target
 
 import tersor
@@ -83,6 +83,7 @@ def suite(operator, relu, more, targets):
         implementations=implementations,
         operators=["fake_quantize_bounds_forward", "fake_quantize_bounds_backward"],
         targets=targets,
+        tolerance=tolerance,
     )
 
 

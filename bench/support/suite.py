@@ -62,12 +62,14 @@ class Implementation:
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A bar: ``impl``'s speed relative to ``against`` (a name or pattern; the fastest match counts) in the groups that
-    match ``group``, or, where ``against`` is ``"copy"``, its share of the copy bandwidth measured in the same group."""
+    match ``group``, or, where ``against`` is ``"copy"``, its share of the copy bandwidth measured in the same group.
+    With ``memory`` it is the extra memory that is compared."""
 
     group: str
     against: str
     at_least: float
     impl: str = "tersor"
+    memory: bool = False
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     for level in native.cpu_isa_supported():
         native.set_cpu_isa(level)
         for subject in SUBJECTS:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for dtype in (*subject.dtypes, *[torch.float64] * subject.float64):
                 for size in subject.sizes:
                     results = gradients(subject, subject.make(dtype, "cpu", size=size))
                     assert all(r.isfinite().all() for r in results)

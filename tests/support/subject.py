@@ -29,11 +29,12 @@ class Subject:
         operators: names of the registered operators that it runs, forward first.
         raw: ``(operator name, size, dtype, device) -> arguments`` of a direct call of an operator.
         sizes: small shapes, the first one the plainest; all must have the same number of dimensions.
-        dtypes: floating-point types that every backend takes; float64 as well on the CPU.
+        dtypes: floating-point types that every backend takes.
         quantizer: it rounds to levels. The first tensor may have any shape, the others are its parameters and have
             at least float32; ``exact`` computes in its tensors' dtype with straight-through rounding, and results are
             compared bit by bit. The output has the first tensor's dtype, under autocast too.
         data: of a quantiser, how many of the tensors are quantised; the rest are parameters.
+        float64: whether it takes that, on the CPU.
         differentiable: whether it has gradients at all.
         name: in the tests' names, where one function has several subjects.
     """
@@ -48,6 +49,7 @@ class Subject:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     quantizer: bool = False
     data: int = 1
+    float64: bool = True
     differentiable: bool = True
     name: str = ""
 

@@ -52,3 +52,24 @@ def parameter_sums(subject: Subject, tensors: tuple[torch.Tensor, ...]) -> list[
         )
         results.append((total, 1e-6 * size + 1e-6))
     return results
+
+
+def check_quantizer(subject: Subject, tensors: tuple[torch.Tensor, ...]) -> None:
+    """Output bit by bit, the inputs' gradients to a rounding, the parameters' to that of a float32 sum."""
+    dtype = tensors[0].dtype
+    exact = gradients(subject.exact, subject.widened(tensors), dtype)
+    given = gradients(subject, clones(tensors))
+    assert torch.equal(given[0], exact[0].to(given[0].dtype)), f"{dtype} {tuple(tensors[0].shape)}"
+    rounding = 2e-6 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps
+    for e, g in zip(exact[1 : 1 + subject.data], given[1:], strict=False):
+        torch.testing.assert_close(g, e.to(dtype), rtol=rounding, atol=rounding)
+    if subject.differentiable:
+        check_parameter_sums(subject, tensors, given[1 + subject.data :])
+
+
+def check_parameter_sums(subject: Subject, tensors: tuple[torch.Tensor, ...], given: list[torch.Tensor]) -> None:
+    """The gradients ``given`` for a quantiser's parameters."""
+    sums = parameter_sums(subject, tensors)
+    for (exact, allowed), own, parameter in zip(sums, given, tensors[subject.data :], strict=True):
+        assert own.dtype == parameter.dtype
+        assert ((own.double() - exact).abs() <= allowed).all(), f"{own} instead of {exact}, {allowed} allowed"
