@@ -293,7 +293,11 @@ def test_any_incoming_gradient(subject: Subject, run: tuple[str, str]) -> None:
     for name, gradient in layouts.items():
         expected = torch.autograd.grad(output, tensors, gradient.contiguous(), retain_graph=True)
         given = torch.autograd.grad(output, tensors, gradient, retain_graph=True)
-        assert all(torch.equal(e, g) for e, g in zip(expected, given, strict=True)), name
+        for i, (e, g) in enumerate(zip(expected, given, strict=True)):
+            if i >= subject.data and run[1] == "reference":  # torch's own sums depend on the layout
+                torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-4)
+            else:
+                assert torch.equal(e, g), name
 
 
 @pytest.mark.differentiable

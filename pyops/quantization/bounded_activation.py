@@ -49,6 +49,10 @@ class BoundedActivation(nn.Module):
         TypeError, ValueError: an option is not as stated, or see the functions named.
     """
 
+    max_val: Tensor
+    min_val: Tensor
+    is_dynamic: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -72,15 +76,9 @@ class BoundedActivation(nn.Module):
         self.alpha_lower = nn.Parameter(torch.full((1,), -START))
         for buffer in ("max_val", "min_val", "is_dynamic"):
             self.register_buffer(buffer, torch.zeros(1))
-        self.atten_c = nn.Sequential(
-            OrderedDict(
-                [
-                    ("1", nn.Conv2d(self.channels, HIDDEN, 1, bias=False)),
-                    ("2", nn.BatchNorm2d(HIDDEN)),
-                    ("5", nn.Conv2d(HIDDEN, 2, 1, bias=False)),
-                ]
-            )
-        )
+        hidden, norm = nn.Conv2d(self.channels, HIDDEN, 1, bias=False), nn.BatchNorm2d(HIDDEN)
+        output = nn.Conv2d(HIDDEN, 2, 1, bias=False)
+        self.atten_c = nn.Sequential(OrderedDict([("1", hidden), ("2", norm), ("5", output)]))
         self.stage = "dynamic"
         self.pending = False  # whether the next training batch calibrates the bounds
         self.logits: Tensor | None = None
@@ -113,13 +111,12 @@ class BoundedActivation(nn.Module):
         self.logits = None
         if not self._dynamic or not (self.training or self.stage == "dynamic"):
             return self.alpha_lower, self.alpha_upper
-        scale, self.logits = dynamic_gate(
-            torch.relu(input) if relu else input,
-            self.atten_c[0].weight,
-            self.atten_c[1],
-            self.atten_c[2].weight,
-            per_sample=self.per_sample,
-        )
+        hidden, norm, output = self.atten_c
+        assert isinstance(hidden, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(output, nn.Conv2d)
+        source = torch.relu(input) if relu else input
+        scale, self.logits = dynamic_gate(source, hidden.weight, norm, output.weight, per_sample=self.per_sample)
         if self.stage == "static":
             return self.alpha_lower, self.alpha_upper
         scale = scale.view(-1, 2, 1, 1, 1)

@@ -104,8 +104,8 @@ def _reference(weight: Tensor, bits: int, mode: str, percentile: float) -> tuple
 
 
 def _reference_backward(grad_output: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
-    exact = (t.to(bounds.dtype) for t in (grad_output, weight))
-    return torch.empty_like(weight).copy_(differentiate_ddtb(*exact, bounds[0], bounds[1], 2, "half")[0])
+    grad, exact = grad_output.to(bounds.dtype), weight.to(bounds.dtype)
+    return torch.empty_like(weight).copy_(differentiate_ddtb(grad, exact, bounds[0], bounds[1], 2, "half")[0])
 
 
 def _fake(weight: Tensor, bits: int, mode: str, percentile: float) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def _inputs(size: Any, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
 
 
 def _raw(name: str, size: Any, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    p = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in _FIXED.items()}
+    p = {name: v.to(device, copy=True) if isinstance(v, Tensor) else v for name, v in _FIXED.items()}
     weight = prepare_weight(p["weight"], p["weight_scale"], p["weight_zero"], p["bias"])
     bounds = p["lower"], p["upper"]
     window = [1, 1], [1, 1], [1, 1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -111,8 +112,9 @@ def fake_quantize_bounds_backward(
     grad_scale: float,
 ) -> tuple[Tensor, ...]:
     """The operator ``tersor::fake_quantize_bounds_backward`` for float16, bfloat16 and float32."""
-    options = {"factor": grad_scale, "RULE": rule, "TIE": tie, "SIGNED": signed, "RELU": relu}
-    return backward(_backward_kernel, grad_output, [input], [lower, upper], float(2**bits - 1), **options)
+    options: dict[str, Any] = {"RULE": rule, "TIE": tie, "SIGNED": signed, "RELU": relu}
+    levels = float(2**bits - 1)
+    return backward(_backward_kernel, grad_output, [input], [lower, upper], levels, factor=grad_scale, **options)
 
 
 def ahead_of_time_cases() -> Iterator[Case]:
