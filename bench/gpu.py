@@ -32,6 +32,7 @@ TOOLS = ("memcheck", "racecheck")
 # What a GPU changes; installation, sanitizers and the demo are checked on machines without one.
 TESTS = [
     "tests/attention",
+    "tests/quantization",
     "tests/models",
     *(f"tests/test_{name}.py" for name in ("conformance", "parity", "backends")),
 ]

@@ -17,11 +17,12 @@ import matplotlib.pyplot as plt
 COLOURS = {"bicubic": "#8a96a1", "full": "#22303c", "ddtb": "#0f7b6c", "symmetric": "#c96f2e"}
 INK, PALE = "#22303c", "#d9dee3"
 SHOWN = ("motorcycle", "coffee", "astronaut")
-CROP, STRIDE = 80, 16  # pixels of the high resolution
+CROP, STRIDE = 64, 16  # pixels of the high resolution
 
 
 def draw(
     path: Path,
+    summary: str,
     columns: dict[str, list[Tensor]],
     regions: tuple[Region, ...],
     dots: list[tuple[str, str, list[float]]],
@@ -31,6 +32,7 @@ def draw(
 
     Args:
         path: the file.
+        summary: one line below the title.
         columns: by their title, uint8 pictures of all test regions.
         regions: the test regions.
         dots: label, key of :data:`COLOURS` and PSNR of each seed, for every method.
@@ -45,6 +47,7 @@ def draw(
             2, 2, height_ratios=(1.75, 1), hspace=0.2, wspace=0.25, left=0.1, right=0.985, top=0.885, bottom=0.06
         )
         figure.text(0.025, 0.955, "Twice the resolution from 4 and from 2 bits", fontsize=19, weight="bold")
+        figure.text(0.025, 0.928, summary, fontsize=11.5, color="#5b6875")
         _crops(figure, grid[0, :], columns, regions)
         _dots(figure.add_subplot(grid[1, 0]), dots)
         _curves(figure.add_subplot(grid[1, 1]), curves)
@@ -105,7 +108,7 @@ def _curves(axes: Any, curves: list[tuple[str, str, list[float]]]) -> None:
     for label, key, values in curves:
         style = "--" if "4-bit" in label else "-"
         axes.plot(range(1, len(values) + 1), values, style, color=COLOURS[key], linewidth=1.8, label=label)
-    axes.set_xlabel("epoch; the first one of a student only records")
+    axes.set_xlabel("epoch, each of other patches; the first one of a student only records")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color=PALE, linewidth=0.7)
     axes.set_title("L1 loss in training (of 255), first seed", loc="left", weight="bold", pad=10)

@@ -64,7 +64,7 @@ def operator(
         vmap: the batching rule ``(info, in_dims, *args) -> (outputs, out_dims)``.
         derivative: the differentiable function with the same arguments, which serves whoever calls
             ``torch.ops.tersor.<name>`` directly with tensors that require a gradient; None for an operator that
-            is itself a derivative, where a second one is an error.
+            is itself a derivative (``..._backward``) or has none, where asking for one is an error.
         autocast: cast floating-point inputs to the autocast dtype (for operators that are matrix products in kind).
         module: the ``__name__`` of the operator's own module, by default the caller's.
     """
@@ -110,7 +110,9 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(f"tersor::{ctx.name} is once differentiable: it has no second derivative")
+        if ctx.name.endswith("_backward"):
+            raise RuntimeError(f"tersor::{ctx.name} is once differentiable: it has no second derivative")
+        raise RuntimeError(f"tersor::{ctx.name} has no derivative")
 
 
 def call_function(function: type[torch.autograd.Function], *args: Any) -> Any:
