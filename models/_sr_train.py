@@ -89,7 +89,8 @@ def build(config: Config, teacher: nn.Module | None = None) -> EDSR:
             load_full_precision(model, teacher.state_dict())
     if config.method == "symmetric":
         make_symmetric_(model, config.bits)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter less time per step on CPUs
+    # a quarter less time per step on CPUs
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Run:

@@ -77,19 +77,21 @@ def run(options: argparse.Namespace) -> None:
         teacher = results[0].model if results else None
         results.append(_train(console, config, output, teacher, options.resume))
         _save(output, results[-1])
+    written = [_checkpoint(output, config) for config in configs]
     converted = {}
     with console.status("converting the students"):
         for result in results:
             if result.config.method == "ddtb" and result.config.seed == 0:
                 path = output / f"edsr_ddtb_{result.config.bits}bit_packed.safetensors"
                 converted[result.config.bits] = _sr_measure.convert(result.model, path)
+                written.append(path)
     bicubic = _sr_measure.quality(_sr_measure.enlarge_bicubic())
-    size = _checkpoint(output, configs[0]).stat().st_size
+    size = written[0].stat().st_size
     _print_table(console, bicubic, results)
     _print_converted(console, converted, results, size)
     _write_results(output / "results.json", options, bicubic, results, converted, size)
     _draw(output / "sr.png", bicubic, results)
-    for path in (*sorted(output.glob("edsr_*.safetensors")), output / "results.json", output / "sr.png"):
+    for path in (*written, output / "results.json", output / "sr.png"):
         console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
 
 
@@ -325,10 +327,10 @@ def _draw(path: Path, bicubic: Quality, results: list[Result]) -> None:
     curves = [(t, run.config.method, run.progress.pixel_loss) for t, run in first.items() if run.config.bits != 32]
     ours, plain = (_means(groups[_title(method, lowest)])[0] for method in ("ddtb", "symmetric"))
     full = results[0].quality.mean_psnr
+    gains = [f"{psnr - bicubic.mean_psnr:.2f} dB" for psnr in (full, ours, plain)]
     summary = (
-        f"The lowest quarters of {len(photographs(SCALE).test)} photographs, kept out of training. Of the "
-        f"{full - bicubic.mean_psnr:.2f} dB that the network gains on bicubic, DDTB keeps "
-        f"{ours - bicubic.mean_psnr:.2f} dB at {lowest} bits, the symmetric quantiser {plain - bicubic.mean_psnr:.2f} dB."
+        f"Parts of {len(photographs(SCALE).test)} photographs that were kept out of training. Gain on bicubic: "
+        f"{gains[0]}; with {lowest} bits DDTB keeps {gains[1]}, the symmetric quantiser {gains[2]}"
     )
     _sr_plot.draw(path, summary, columns, photographs(SCALE).test, dots, curves)
 
