@@ -141,5 +141,8 @@ class BoundedActivation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._dynamic = bool(self.is_dynamic.item())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "logits": None}  # part of a graph, which cannot be copied or pickled
+
     def extra_repr(self) -> str:
         return f"{self.channels}, bits={self.bits}, percentile={self.percentile}, dynamic={self.dynamic}"

@@ -208,6 +208,17 @@ def test_bad_options() -> None:
         schedule.load_state_dict(state)
 
 
+def test_can_be_copied_after_a_training_step() -> None:
+    activation = BoundedActivation(4)
+    activation.dynamic = True
+    x = torch.randn(2, 4, 3, 3)
+    activation(x).sum().backward()
+    assert activation.logits is not None
+    twin = copy.deepcopy(activation)
+    assert twin.logits is None
+    assert torch.equal(twin.eval()(x), activation.eval()(x))
+
+
 def test_half_precision_input_keeps_its_dtype() -> None:
     activation = BoundedActivation(4, 4)
     activation.dynamic = True
