@@ -118,7 +118,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 def call_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)`` without the 30 us that it spends on ``inspect.signature`` to bind no defaults.
 
-    Where no gradient is wanted, not even a node is made (8 us).
+    Where no gradient is wanted, not even a node is made (5 us).
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)

@@ -126,7 +126,6 @@ struct Prepared {
 template <class A>
 void prepare(const Kernels<A>& kernels, const std::vector<Tensor>& parameters, const double* options, Task& task,
              Prepared<A>& prepared) {
-  if (prepared.parameters.empty()) prepared.parameters = values_of<A>(parameters, task.groups);
   prepared.constants.resize(task.groups * MOST_CONSTANTS);
   for (int64_t g = 0; g < task.groups; ++g) {
     kernels.prepare(prepared.parameters.data() + g * parameters.size(), options,
