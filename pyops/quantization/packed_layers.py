@@ -14,8 +14,9 @@ from tersor.quantization._quantizer import exact_dtype
 from tersor.quantization.bounded_activation import BoundedActivation
 from tersor.quantization.fake_quantize_bounds import fake_quantize_bounds
 from tersor.quantization.layers import QuantizedConv2d, QuantizedLinear
+from tersor._checks import check_window
 from tersor.quantization.pack_codes import pack_codes, packed_size, unpack_codes
-from tersor.quantization.quantized_conv2d import PreparedWeight, check_window, convolve, prepare_weight
+from tersor.quantization.quantized_conv2d import PreparedWeight, convolve, prepare_weight
 from tersor.quantization.quantized_linear import multiply
 from tersor.quantization.weight_fake_quantize import weight_fake_quantize_with_bounds
 

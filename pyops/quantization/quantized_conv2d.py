@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tersor._checks import as_int, check_floating
+from tersor._checks import as_int, check_floating, check_window
 from tersor._operator import operator
 from tersor.quantization._quantizer import check_bits
 from tersor.quantization.fake_quantize_bounds import check_bounds
@@ -171,21 +171,6 @@ def convolve(
         if input.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bounds(lower, upper, name)
         raise
-
-
-def check_window(
-    where: str, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """Each as two ints, for rows and columns."""
-    pairs = []
-    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if isinstance(value, (str, bytes)) or not isinstance(value, (int, Sequence)):
-            raise TypeError(f"{where}: {name} must be an int or two ints, got {type(value).__name__}")
-        pair = [as_int(where, **{name: v}) for v in ([value, value] if isinstance(value, int) else value)]
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{where}: {name} must be an int or two ints of at least {least}, got {value!r}")
-        pairs.append(pair)
-    return pairs[0], pairs[1], pairs[2]
 
 
 def _is_channels_last(input: Tensor) -> bool:
