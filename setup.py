@@ -72,6 +72,15 @@ def cuda_architectures():
     return flags
 
 
+def is_newer(target, includes):
+    """Whether a compiled file is newer than all that it was made of, which the compiler listed as a make rule."""
+    if not target.is_file() or not includes.is_file():
+        return False
+    sources = map(Path, includes.read_text().replace("\\\n", " ").partition(":")[2].split())
+    made = target.stat().st_mtime
+    return all(path.is_file() and path.stat().st_mtime < made for path in sources)
+
+
 class BuildNative(build_ext):
     """Compiles csrc/ into two operator libraries and one pybind11 module; each part may be skipped, none may fail."""
 
@@ -170,16 +179,15 @@ class BuildNative(build_ext):
         return compiler
 
     def compile_all(self, command, sources):
-        """Compiles what is older than its source, any header, or the command; two at a time on two cores."""
-        newest = max(path.stat().st_mtime for path in [Path(__file__), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
+        """Compiles what is older than a file it includes or the command; two at a time on two cores."""
         jobs = []
         for source in sources:
             target = self.objects / source.relative_to(CSRC).with_suffix(source.suffix + ".o")
             target.parent.mkdir(parents=True, exist_ok=True)
-            stamp = target.with_suffix(".command")
-            line = shlex.join([*command, "-c", str(source), "-o", str(target)])
-            fresh = target.is_file() and target.stat().st_mtime > max(newest, source.stat().st_mtime)
-            if not (fresh and stamp.is_file() and stamp.read_text() == line):
+            stamp, includes = target.with_suffix(".command"), target.with_suffix(".d")
+            line = shlex.join([*command, "-MMD", "-MF", str(includes), "-c", str(source), "-o", str(target)])
+            fresh = stamp.is_file() and stamp.read_text() == line and is_newer(target, includes)
+            if not fresh:
                 jobs.append((line, target, stamp))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for job, error in zip(jobs, pool.map(lambda job: self.execute(job[0]), jobs), strict=True):

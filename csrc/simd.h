@@ -89,6 +89,45 @@ TERSOR_INLINE Vec<A> round_even(Vec<A> x) {
 #endif
 }
 
+TERSOR_INLINE Vec<float> sqrt(Vec<float> x) {
+#if TERSOR_ISA_LEVEL == 2
+  return (Vec<float>)_mm512_sqrt_ps((__m512)x);
+#elif TERSOR_ISA_LEVEL == 1
+  return (Vec<float>)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < Simd<float>::lanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+TERSOR_INLINE Vec<double> sqrt(Vec<double> x) {
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+
+// One bit per lane, and back.
+template <class A>
+TERSOR_INLINE typename Simd<A>::Mask from_bits(uint32_t bits) {
+  typename Simd<A>::Mask lane;
+  for (int i = 0; i < Simd<A>::lanes; ++i) lane[i] = typename Simd<A>::Whole(1) << i;
+  return (lane & typename Simd<A>::Whole(bits)) != 0;
+}
+
+template <class A>
+TERSOR_INLINE uint32_t to_bits(typename Simd<A>::Mask mask) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  else return _mm512_movepi64_mask((__m512i)mask);
+#elif TERSOR_ISA_LEVEL == 1
+  if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+  else return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Simd<A>::lanes; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // exp to 2 units in the last place; NaN stays NaN, underflow gives 0, overflow infinity.
 TERSOR_INLINE Vec<float> exp(Vec<float> x) {
   using Mask = Simd<float>::Mask;

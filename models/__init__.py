@@ -7,6 +7,7 @@ here unasked, as that takes seconds.
 
 import sys
 
+from tersor.models._classification import load_by_position
 from tersor.models._super_resolution import attention_transfer, load_full_precision
 from tersor.models._timm import register_timm
 from tersor.models.dilateformer import (
@@ -18,13 +19,25 @@ from tersor.models.dilateformer import (
 )
 from tersor.models.edsr import EDSR, edsr_baseline, edsr_tiny
 from tersor.models.layers import load_checkpoint
+from tersor.models.mobilenet import MobileNet, mobilenet_v1, mobilenet_v1_quant, mobilenet_v2, mobilenet_v2_quant
 from tersor.models.rdn import RDN, rdn_a, rdn_b, rdn_tiny
+from tersor.models.resnet import (
+    ResNet,
+    resnet18,
+    resnet18_quant,
+    resnet20,
+    resnet20_quant,
+    resnet50,
+    resnet50_quant,
+)
 from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
 
 __all__ = [
     "EDSR",
     "RDN",
     "DilateFormer",
+    "MobileNet",
+    "ResNet",
     "SRResNet",
     "attention_transfer",
     "dilateformer_base",
@@ -33,12 +46,23 @@ __all__ = [
     "dilateformer_tiny",
     "edsr_baseline",
     "edsr_tiny",
+    "load_by_position",
     "load_checkpoint",
     "load_full_precision",
+    "mobilenet_v1",
+    "mobilenet_v1_quant",
+    "mobilenet_v2",
+    "mobilenet_v2_quant",
     "rdn_a",
     "rdn_b",
     "rdn_tiny",
     "register_timm",
+    "resnet18",
+    "resnet18_quant",
+    "resnet20",
+    "resnet20_quant",
+    "resnet50",
+    "resnet50_quant",
     "srresnet",
     "srresnet_tiny",
 ]

@@ -57,6 +57,7 @@ class _Frozen(torch.optim.Optimizer):
                     mask = self._masks[parameter]
                     frozen = mask.frozen if isinstance(mask, LtsWeight) else mask
                     self._step_one(group, parameter, gradient.contiguous(), frozen)
+                    torch.autograd.graph.increment_version(parameter)
         return loss
 
     def _step_one(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, frozen: Tensor) -> None:

@@ -1,0 +1,228 @@
+"""ResNets (arXiv 1512.03385) for CIFAR and ImageNet, in full precision and with the quantised layers of LTS.
+
+The layers are passed in, so that every family of operators uses this one definition. The quantised networks have the
+published keys of LTS (arXiv 2211.08544), see :func:`tersor.freezing.authors_state_dict`; those in full precision for
+ImageNet have torchvision's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor.freezing import FreezeSchedule
+from tersor.models._classification import check_images, init_convolution, lts_layers
+from tersor.models._super_resolution import check_sizes
+
+Layer = Callable[..., nn.Module]
+
+STEMS = ("cifar", "imagenet")
+
+
+class BasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), with 3x3 convolutions, the first one of the given stride.
+
+    Args:
+        before: channels of the input.
+        width: channels of the block; its output has ``expansion`` times as many.
+        stride: of the block.
+        conv: called like ``torch.nn.Conv2d``.
+        shortcut: name of the shortcut's 1x1 convolution and norm, which are there only if the shape changes.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self, before: int, width: int, stride: int = 1, conv: Layer = nn.Conv2d, shortcut: str = "shortcut"
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(before, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut_name = _add_shortcut(self, shortcut, before, width, stride, conv)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(input)))
+        return F.relu(self.bn2(self.conv2(x)) + _shortcut(self, input))
+
+
+class Bottleneck(nn.Module):
+    """As :class:`BasicBlock`, with convolutions of 1x1, 3x3 (which has the stride) and 1x1 to four times the width."""
+
+    expansion = 4
+
+    def __init__(
+        self, before: int, width: int, stride: int = 1, conv: Layer = nn.Conv2d, shortcut: str = "shortcut"
+    ) -> None:
+        super().__init__()
+        after = width * self.expansion
+        self.conv1 = conv(before, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv(width, after, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(after)
+        self.shortcut_name = _add_shortcut(self, shortcut, before, after, stride, conv)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(input)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)) + _shortcut(self, input))
+
+
+def _add_shortcut(block: nn.Module, name: str, before: int, after: int, stride: int, conv: Layer) -> str | None:
+    if stride == 1 and before == after:
+        return None
+    layers = conv(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)
+    block.add_module(name, nn.Sequential(*layers))
+    return name
+
+
+def _shortcut(block: Any, input: Tensor) -> Tensor:
+    return input if block.shortcut_name is None else getattr(block, block.shortcut_name)(input)
+
+
+class ResNet(nn.Module):
+    """Stem, stages of residual blocks, average, classifier.
+
+    Args:
+        block: :class:`BasicBlock`, :class:`Bottleneck` or a class that is made like them.
+        depths: blocks of each stage; every stage after the first halves the map and doubles the channels.
+        width: channels of the first stage, without the block's expansion.
+        num_classes: size of the output.
+        in_chans: channels of the image.
+        stem: ``"cifar"``: a 3x3 convolution, and the mean over the last map; ``"imagenet"``: a 7x7 convolution of
+            stride 2 and max pooling, and the mean over 7x7, for images of 224 x 224 (193 to 416 have such a map, of
+            which it takes the upper left).
+        conv, linear: called like ``torch.nn.Conv2d`` and ``torch.nn.Linear``, for all layers.
+        shortcut, classifier: names of these parts in the state dict.
+
+    Shape:
+        ``(N, in_chans, H, W)`` to ``(N, num_classes)``.
+
+    Raises:
+        TypeError, ValueError: an option or the input is not as stated.
+    """
+
+    def __init__(
+        self,
+        block: type[Any],
+        depths: Sequence[int],
+        width: int = 64,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        stem: str = "imagenet",
+        conv: Layer = nn.Conv2d,
+        linear: Layer = nn.Linear,
+        shortcut: str = "downsample",
+        classifier: str = "fc",
+    ) -> None:
+        super().__init__()
+        check_sizes("ResNet", stages=len(depths), width=width, num_classes=num_classes, in_chans=in_chans)
+        if stem not in STEMS:
+            raise ValueError(f"ResNet: stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        self.in_chans, self.stem, self.classifier_name = in_chans, stem, classifier
+        window = {"stride": 1, "padding": 1} if stem == "cifar" else {"stride": 2, "padding": 3}
+        self.conv1 = conv(in_chans, width, 3 if stem == "cifar" else 7, bias=False, **window)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.stages = [f"layer{i + 1}" for i in range(len(depths))]
+        channels = width
+        for i, (name, depth) in enumerate(zip(self.stages, depths, strict=True)):
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(block(channels, width * 2**i, stride, conv=conv, shortcut=shortcut))
+                channels = width * 2**i * block.expansion
+            self.add_module(name, nn.Sequential(*blocks))
+        self.add_module(classifier, linear(channels, num_classes))
+        self.apply(init_convolution)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_images("ResNet", input, self.in_chans)
+        x = F.relu(self.bn1(self.conv1(input)))
+        if self.stem == "imagenet":
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return getattr(self, self.classifier_name)(self._pooled(x))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if self.stem == "cifar":
+            return x.mean((2, 3))
+        height, width = x.shape[2:]
+        if height // 7 != 1 or width // 7 != 1:
+            raise ValueError(
+                "ResNet: input must be of a size whose last map is 7 to 13 high and wide, as 224 x 224 is, got one "
+                f"that makes it {height} x {width}"
+            )
+        return F.avg_pool2d(x, 7).flatten(1)
+
+
+def resnet20(num_classes: int = 100, width: int = 16, in_chans: int = 3, **options: Any) -> ResNet:
+    """For CIFAR: 3 stages of 3 blocks, 0.28 M parameters; options (``conv``, ``linear``) as for :class:`ResNet`."""
+    options = {"stem": "cifar", "shortcut": "shortcut"} | options
+    return ResNet(BasicBlock, (3, 3, 3), width, num_classes, in_chans, **options)
+
+
+def resnet18(num_classes: int = 1000, width: int = 64, in_chans: int = 3, **options: Any) -> ResNet:
+    """For ImageNet: 11.7 M parameters, 1.8 G multiply-adds; options (``conv``, ``linear``) as for :class:`ResNet`."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), width, num_classes, in_chans, **options)
+
+
+def resnet50(num_classes: int = 1000, width: int = 64, in_chans: int = 3, **options: Any) -> ResNet:
+    """For ImageNet: 25.6 M parameters, 4.1 G multiply-adds; options (``conv``, ``linear``) as for :class:`ResNet`."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), width, num_classes, in_chans, **options)
+
+
+def resnet20_quant(
+    bits: int = 4,
+    schedule: FreezeSchedule | None = None,
+    saved: bool = True,
+    frozen_step: bool = False,
+    num_classes: int = 100,
+    width: int = 16,
+    in_chans: int = 3,
+) -> ResNet:
+    """:func:`resnet20` with every convolution and the classifier quantised, 0.28 M parameters.
+
+    Run :func:`tersor.freezing.initialize_` on a batch before the first step.
+
+    Args:
+        bits, schedule, saved, frozen_step: see :class:`tersor.freezing.LtsConv2d`.
+        num_classes, width, in_chans: see :class:`ResNet`.
+    """
+    layers = lts_layers(bits, schedule, saved, frozen_step)
+    return resnet20(num_classes, width, in_chans, **layers)
+
+
+def resnet18_quant(
+    bits: int = 4,
+    schedule: FreezeSchedule | None = None,
+    saved: bool = True,
+    frozen_step: bool = False,
+    num_classes: int = 1000,
+    width: int = 64,
+    in_chans: int = 3,
+) -> ResNet:
+    """:func:`resnet18` quantised like :func:`resnet20_quant`; the classifier's published name is ``linear``."""
+    layers = lts_layers(bits, schedule, saved, frozen_step)
+    return resnet18(num_classes, width, in_chans, classifier="linear", **layers)
+
+
+def resnet50_quant(
+    bits: int = 4,
+    schedule: FreezeSchedule | None = None,
+    saved: bool = True,
+    frozen_step: bool = False,
+    num_classes: int = 1000,
+    width: int = 64,
+    in_chans: int = 3,
+) -> ResNet:
+    """:func:`resnet50` quantised like :func:`resnet20_quant`; the classifier's published name is ``linear``."""
+    layers = lts_layers(bits, schedule, saved, frozen_step)
+    return resnet50(num_classes, width, in_chans, classifier="linear", **layers)
