@@ -3,6 +3,16 @@
 from tersor import _backends
 from tersor._backends import backends, use_backend
 from tersor.attention import DilatedAttention, dilated_attention, dilated_attention_qkvpacked
+from tersor.freezing import (
+    FreezeSchedule,
+    FrozenAdamW,
+    FrozenSGD,
+    LtsConv2d,
+    LtsLinear,
+    frozen_conv2d,
+    frozen_linear,
+    lts_quantize,
+)
 from tersor.quantization import (
     BoundedActivation,
     BoundsSchedule,
@@ -25,6 +35,11 @@ __all__ = [
     "BoundedActivation",
     "BoundsSchedule",
     "DilatedAttention",
+    "FreezeSchedule",
+    "FrozenAdamW",
+    "FrozenSGD",
+    "LtsConv2d",
+    "LtsLinear",
     "QuantizedConv2d",
     "QuantizedLinear",
     "WeightFakeQuantize",
@@ -38,6 +53,9 @@ __all__ = [
     "fake_quantize_lsq",
     "fake_quantize_lsq_plus",
     "fake_quantize_pact",
+    "frozen_conv2d",
+    "frozen_linear",
+    "lts_quantize",
     "percentile_bounds",
     "use_backend",
     "weight_fake_quantize",

@@ -154,13 +154,20 @@ void set(Tensor& t, double value) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_gradient, const Tensor& given_weight,
-                                            const Tensor& lower, const Tensor& upper, const Tensor& frozen) {
+                                            const std::optional<Tensor>& saved, const Tensor& lower,
+                                            const Tensor& upper, const Tensor& frozen) {
   const Tensor weight = torch::stable::contiguous(given_weight), grad = torch::stable::contiguous(given_gradient);
   const ScalarType exact = exact_type(weight);
   Gradient task{};
   task.elements = weight.numel();
   freezing::check_beside(grad, task.elements, weight.scalar_type(), "grad_output");
   freezing::check_bits(frozen, task.elements);
+  std::optional<Tensor> kept;
+  if (saved) {
+    kept = torch::stable::contiguous(*saved);
+    freezing::check_beside(*kept, task.elements, weight.scalar_type(), "saved");
+    task.saved = kept->const_data_ptr();
+  }
   task.lower = bound(lower, exact, "lower"), task.upper = bound(upper, exact, "upper");
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   Tensor grad_lower = torch::stable::new_empty(lower, lower.sizes());

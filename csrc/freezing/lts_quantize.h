@@ -24,6 +24,7 @@ struct Task {
 struct Gradient {
   const void* grad_output;
   const void* weight;
+  const void* saved;  // or null
   const uint8_t* frozen;
   void* grad_weight;
   int64_t elements;

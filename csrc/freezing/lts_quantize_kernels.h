@@ -11,6 +11,13 @@ struct Bytes {
   typedef uint8_t Vec __attribute__((vector_size(Simd<A>::lanes)));
 };
 
+// To [0, 1]; NaN stays.
+template <class V>
+TERSOR_INLINE V clamp(V x) {
+  x = x < 0 ? V{} : x;
+  return x > 1 ? V{} + 1 : x;
+}
+
 // All in the written order, divisions rounded as by IEEE: the distances are compared exactly.
 template <class T, class A>
 struct Forward {
@@ -38,9 +45,7 @@ struct Forward {
       store_as<A>(f.saved + at, w, count);
     }
     const Vec<A> place = (w - f.lower) / f.range;
-    Vec<A> clamped = place < 0 ? Vec<A>{} : place;
-    clamped = clamped > 1 ? splat(A(1)) : clamped;
-    const Vec<A> code = round_even<A>(clamped * f.levels);
+    const Vec<A> code = round_even<A>(clamp(place) * f.levels);
     const Vec<A> level = code / f.levels;
     store_as<A>(f.output + at, (level - A(0.5)) * A(2), count);
     return f.task.update ? update(f, at, count, bits, place, code, level) : bits;
@@ -99,7 +104,8 @@ template <class T, class A>
 static void backward(const Gradient& task, int64_t first, int64_t end, double sums[2]) {
   constexpr int lanes = Simd<A>::lanes;
   const T* g = static_cast<const T*>(task.grad_output);
-  const T* w = static_cast<const T*>(task.weight);
+  const T* weight = static_cast<const T*>(task.weight);
+  const T* saved = static_cast<const T*>(task.saved);
   T* output = static_cast<T*>(task.grad_weight);
   const Vec<A> lower = splat(static_cast<A>(task.lower));
   const Vec<A> range = splat(static_cast<A>(static_cast<A>(task.upper) - static_cast<A>(task.lower)));
@@ -108,13 +114,16 @@ static void backward(const Gradient& task, int64_t first, int64_t end, double su
     Vec<A> below{}, above{};
     for (int64_t at = group; at < std::min(end, group + GROUP); at += lanes) {
       const int count = static_cast<int>(std::min<int64_t>(lanes, end - at));
-      const Vec<A> place = (load_as<A>(w + at, count) - lower) / range;
+      const auto frozen = from_bits<A>(static_cast<uint32_t>(word >> (at - group)));
+      Vec<A> w = load_as<A>(weight + at, count);
+      if (saved && word != 0) w = frozen ? load_as<A>(saved + at, count) : w;
+      const Vec<A> place = (w - lower) / range;
       Vec<A> grad = load_as<A>(g + at, count) * A(2) / range;
       const auto inside = (place >= 0) & (place <= 1);
       grad = inside ? grad : Vec<A>{};
-      below += inside ? grad * (place - A(1)) : Vec<A>{};
-      above += inside ? grad * place : Vec<A>{};
-      store_as<A>(output + at, from_bits<A>(static_cast<uint32_t>(word >> (at - group))) ? Vec<A>{} : grad, count);
+      const Vec<A> clamped = clamp(place);  // a place far outside would make 0 * inf
+      below += grad * (clamped - A(1)), above += grad * clamped;
+      store_as<A>(output + at, frozen ? Vec<A>{} : grad, count);
     }
     for (int i = 0; i < lanes; ++i) sums[0] += below[i], sums[1] += above[i];
   }

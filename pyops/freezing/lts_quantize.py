@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -100,10 +101,9 @@ def lts_quantize(
         return weight
     arguments = (weight, lower, upper, *state, bits, *_constants(schedule, weight))
     if torch.compiler.is_compiling():
-        return _LtsQuantize.apply(*arguments)[0]
-    # Before the call, since that keeps `saved` for the backward pass, which holds until the next call changes it.
-    changed = state if schedule else (state.saved,)
-    torch.autograd.graph.increment_version([t for t in changed if t is not None and not t.is_inference()])
+        # Where no gradient is wanted, Dynamo would hand the Function's forward(*args) a context as its first argument.
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lower, upper))
+        return (_LtsQuantize.apply if wanted else _forward.overload)(*arguments)[0]
     try:
         return call_function(_LtsQuantize, *arguments)[0]
     except RuntimeError:
@@ -174,7 +174,10 @@ def _reference(
     before = frozen.clone()
     mask = unpack_mask(frozen, weight.shape)
     if saved is not None:
-        weight = saved.copy_(torch.where(mask, saved, weight))
+        weight = torch.where(mask, saved, weight)
+        keep = contextlib.nullcontext if saved.is_inference() else torch.autograd._unsafe_preserve_version_counter
+        with keep(saved):  # see setup_context
+            saved.copy_(weight)
     place = _place(weight, lower, upper)
     levels = torch.full_like(lower.reshape(()), 2**bits - 1)
     level = torch.round(place.clamp(0, 1) * levels)
@@ -223,14 +226,15 @@ def _settled_blocks(within: Tensor, mask: Tensor, rows: int, columns: int, quant
 
 
 def _reference_backward(
-    grad_output: Tensor, weight: Tensor, lower: Tensor, upper: Tensor, frozen: Tensor
+    grad_output: Tensor, weight: Tensor, saved: Tensor | None, lower: Tensor, upper: Tensor, frozen: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    place = _place(weight, lower, upper)
+    mask = unpack_mask(frozen, weight.shape)
+    place = _place(weight if saved is None else torch.where(mask, saved, weight), lower, upper)
     inside = (place >= 0) & (place <= 1)
     grad = torch.where(inside, grad_output.to(place.dtype) * 2 / (upper - lower).reshape(()), 0)
     place = place.clamp(0, 1)  # a place far outside would make 0 * inf
     grad_lower, grad_upper = (grad * (place - 1)).sum(), -(grad * place).sum()
-    grad_weight = torch.where(unpack_mask(frozen, weight.shape), 0, grad)
+    grad_weight = torch.where(mask, 0, grad)
     output = torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(grad_weight)
     return output, grad_lower.reshape(lower.shape), grad_upper.reshape(upper.shape)
 
@@ -239,7 +243,9 @@ def _fake(weight: Tensor, lower: Tensor, upper: Tensor, distance: Tensor, code: 
     return torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(frozen)
 
 
-def _fake_backward(grad_output: Tensor, weight: Tensor, lower: Tensor, upper: Tensor, frozen: Tensor) -> Any:
+def _fake_backward(
+    grad_output: Tensor, weight: Tensor, saved: Tensor | None, lower: Tensor, upper: Tensor, frozen: Tensor
+) -> Any:
     output = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return output, lower.new_empty(lower.shape), upper.new_empty(upper.shape)
 
@@ -260,7 +266,7 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], t
 
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    mapped = [[t] * info.batch_size if dim is None else t.unbind(dim) for t, dim in zip(args, in_dims, strict=True)]
+    mapped = [[a] * info.batch_size if dim is None else a.unbind(dim) for a, dim in zip(args, in_dims, strict=True)]
     results = [_backward.overload(*each) for each in zip(*mapped, strict=True)]
     return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0, 0)
 
@@ -273,9 +279,9 @@ class _LtsQuantize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         weight, lower, upper, *_ = inputs
-        saved = inputs[7]
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(weight if saved is None else saved, lower, upper, output[1])
+        # Of `saved` the backward pass reads what was frozen before, which no later call changes.
+        ctx.save_for_backward(weight, inputs[7], lower, upper, output[1])
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -295,7 +301,7 @@ _forward = operator(
     derivative=_LtsQuantize.apply,
 )
 _backward = operator(
-    "lts_quantize_backward(Tensor grad_output, Tensor weight, Tensor lower, Tensor upper, Tensor frozen)"
+    "lts_quantize_backward(Tensor grad_output, Tensor weight, Tensor? saved, Tensor lower, Tensor upper, Tensor frozen)"
     " -> (Tensor grad_weight, Tensor grad_lower, Tensor grad_upper)",
     reference=_reference_backward,
     fake=_fake_backward,

@@ -37,6 +37,11 @@ class Subject:
         float64: whether it takes that, on the CPU.
         differentiable: whether it has gradients at all.
         name: in the tests' names, where one function has several subjects.
+        alike: all tensors have the same shape, and the function says so of others.
+        in_forward: its first operator runs in the forward pass, not in the backward pass only.
+        surrogate: its gradient is not its derivative; that of ``exact`` is meant.
+        changes: what it changes in place has to be mapped under vmap, whatever else is.
+        inner: no user calls it; the class of this package that does has checked the arguments.
     """
 
     function: Callable[..., torch.Tensor]
@@ -52,6 +57,11 @@ class Subject:
     float64: bool = True
     differentiable: bool = True
     name: str = ""
+    alike: bool = True
+    in_forward: bool = True
+    surrogate: bool = False
+    changes: bool = False
+    inner: bool = False
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         return self.function(*tensors, *self.options)

@@ -79,12 +79,15 @@ def _tile(size: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def in_place(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """The tensors for a kernel that changes them, contiguous; where that takes a copy, it is copied back."""
+    """The tensors for a kernel that changes them, contiguous; where that takes a copy, it is copied back.
+
+    Neither counts as a change for autograd, which the operators' callers see to.
+    """
     own = [None if t is None else t.contiguous() for t in tensors]
     yield own
     for tensor, changed in zip(tensors, own, strict=True):
         if tensor is not None and changed is not None and changed is not tensor:
-            tensor.copy_(changed)
+            tensor.data.copy_(changed)
 
 
 def check(where: str, first: Tensor, frozen: Tensor, **others: Tensor | None) -> None:

@@ -32,6 +32,11 @@ def zero_frozen(input: Tensor, frozen: Tensor) -> Tensor:
     return output
 
 
+def zero_in_place(tensor: Tensor, frozen: Tensor) -> None:
+    """The same for a contiguous tensor of one's own."""
+    launch(_kernel, tensor.numel(), tensor, frozen.contiguous(), tensor)
+
+
 def ahead_of_time_cases() -> Iterator[Case]:
     """What the ahead-of-time test compiles."""
     yield from cases(_kernel, {"": {}}, {}, ["input", "output"])

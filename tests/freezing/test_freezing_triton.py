@@ -1,0 +1,541 @@
+"""What is special to the Triton kernels of the freezing operators: octets, blocks, parts, and what the compiler emits.
+
+The kernels run on CPU tensors in Triton's interpreter, which is chosen when Triton is imported:
+``TRITON_INTERPRET=1 python -m pytest tests/freezing/test_freezing_triton.py``. It computes bfloat16 wrongly, hence
+float32 and float16 only. The compiler's tests run without that variable.
+"""
+
+import importlib
+import itertools
+import math
+import os
+import re
+
+import pytest
+import torch
+
+import tersor
+from tersor import _backends, _operator
+from tersor.freezing import FreezeSchedule, freeze_plan, lts_quantize, lts_state, pack_mask, unpack_mask
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import ahead_of_time_triton as ahead
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tersor.triton_kernels.freezing import frozen_conv2d as products
+from tersor.triton_kernels.freezing import lts_quantize as kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs a process with TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler by the interpreter")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity in the interpreter
+
+OPERATORS = [name for name, op in _operator.REGISTRY.items() if op.place.startswith("freezing/")]
+DTYPES = [torch.float32, torch.float16]
+INF, NAN = float("inf"), float("nan")
+# Elements in no octet, in one, with a tail, in several programs; rows of one element; bytes shared by rows.
+SHAPES = [(0, 3), (1,), (8,), (5, 1), (3, 11), (6, 8, 3, 3), (7, 5, 3, 3), (3, 1400)]
+
+
+@pytest.fixture
+def on_triton():
+    """Runs the test on the Triton backend, and says so if it does not."""
+    with tersor.use_backend("triton"):
+        assert len(OPERATORS) == 7
+        assert {_backends.running(name, "cpu") for name in OPERATORS} == {"triton"}
+        yield
+
+
+def bits(tensor):
+    """The tensor's bits, with one NaN for all."""
+    if not tensor.is_floating_point():
+        return tensor
+    whole = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return torch.where(tensor.isnan(), NAN, tensor).contiguous().view(whole)
+
+
+def same(ours, theirs):
+    """Bit for bit, the signs of zeros too."""
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(bits(ours), bits(theirs))
+
+
+def random_mask(shape, share=0.5):
+    """Packed, with octets that are all frozen and all free."""
+    mask = torch.rand(shape) < share
+    mask.view(-1)[8:24] = True
+    mask.view(-1)[32:48] = False
+    return pack_mask(mask)
+
+
+def tail_is_zero(frozen, shape):
+    return same(pack_mask(unpack_mask(frozen, shape)), frozen)
+
+
+def bounds(lower=-0.9, upper=1.1):
+    return torch.tensor([lower]), torch.tensor(upper)
+
+
+def train(weights, gradients, state, levels, schedule):
+    """Outputs and gradients of each step; the bounds move, and the state is left as the last step leaves it."""
+    results = []
+    for step, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        leaves = [t.clone().requires_grad_() for t in (weight, *bounds(-0.9 - 0.01 * step))]
+        output = lts_quantize(leaves[0], state, *leaves[1:], levels, schedule)
+        results.append((output.detach(), *torch.autograd.grad(output, leaves, gradient)))
+        results[-1] += tuple(t.clone() for t in state if t is not None)
+    return results
+
+
+def compare(weights, gradients, levels, schedule, saved=True, frozen_step=True, prepare=lambda state: state):
+    """Outputs, weight gradients and states are the reference's bits in every step; returns the share that froze."""
+    runs = []
+    for backend in ("triton", "reference"):
+        state = prepare(lts_state(weights[0], saved=saved, frozen_step=frozen_step))
+        with tersor.use_backend(backend):
+            runs.append(train(weights, gradients, state, levels, schedule))
+        assert tail_is_zero(state.frozen, weights[0].shape)
+    shares = []
+    for step, (ours, theirs) in enumerate(zip(*runs, strict=True)):
+        for place, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
+            if place not in (2, 3):
+                assert same(mine, reference), (step, place)
+                continue
+            finite = reference.isfinite()
+            # What an addend may err by, summed: a rounding of each, and of a float32 sum by halves.
+            bar = 4e-6 * max(1.0, gradients[step].float().nan_to_num(0, 0, 0).abs().sum().item())
+            assert ((mine - reference).abs() <= bar)[finite].all(), (step, place)
+            assert torch.equal(mine.isnan(), reference.isnan())
+        shares.append(unpack_mask(ours[6], weights[0].shape).float().mean().item())
+    return shares
+
+
+def walk(shape, dtype, steps=6):
+    """Weights that settle: the later the step, the less they move."""
+    weight = torch.randn(shape) * 0.6
+    moves = [torch.randn(shape) * 0.3 / (1 + step) ** 2 for step in range(steps)]
+    weights = [(weight := weight + move).to(dtype) for move in moves]
+    return weights, [torch.randn(shape).to(dtype) for _ in range(steps)]
+
+
+def schedule(growth="linear", granularity="element", tile=(2, 2), quantile=0.5, warmup=1):
+    return FreezeSchedule(1, 7, warmup, growth, 0.4, 0.6, granularity, tile, quantile)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_steps_of_elements(shape, dtype, on_triton):
+    for growth, optional in zip(
+        ("fixing", "linear", "sine"), ((True, True), (False, False), (True, False)), strict=True
+    ):
+        shares = compare(*walk(shape, dtype), 2, schedule(growth), *optional)
+        if math.prod(shape) > 8:
+            assert shares[1] == 0 < shares[-1] < 1
+
+
+@interpreted
+@pytest.mark.parametrize("growth", ["fixing", "linear", "sine"])
+@pytest.mark.parametrize("granularity", ["tile", "channel", "layer"])
+def test_steps_of_blocks(granularity, growth, on_triton):
+    """Blocks of whole octets and of parts of them, of one row, with smaller ones at the borders, and beyond them."""
+    some = 0
+    for number, shape in enumerate([(1,), (5, 1), (3, 11), (7, 5, 3, 3), (6, 16), (5, 9, 40)]):
+        for tile in ((2, 2), (4, 8), (100, 100)):
+            quantile = 0.3 if granularity == "layer" else 0.5
+            schedules = schedule(growth, granularity, tile, quantile)
+            shares = compare(*walk(shape, DTYPES[number % 2]), 2, schedules, number % 2 == 0, number % 3 == 0)
+            assert shares[1] == 0
+            some += 0 < shares[-1] < 1 or (granularity == "layer" and shares[-1] == 1)
+    assert some > 3
+
+
+@interpreted
+def test_blocks_in_several_parts(on_triton, monkeypatch):
+    """A program for every tile of a block, and fewer programs than tiles."""
+    weights, gradients = walk((70, 150), torch.float32)
+    for programs in (1, 3, 528):
+        monkeypatch.setattr(kernels, "PROGRAMS", programs)
+        for granularity in ("layer", "channel"):
+            shares = compare(weights, gradients, 2, schedule("linear", granularity, quantile=0.45))
+            assert shares[1] < shares[-1]
+    assert kernels._count_tile(150, 70, 150) == {"VECTOR": 2, "ROWS": 32, "COLUMNS": 64}
+
+
+@interpreted
+def test_a_share_is_compared_in_double_precision(on_triton):
+    """0.3 is 0.30000001192 in float32: three elements of ten would not be enough."""
+    weight = torch.full((4, 10), 0.2)
+    weight[:, 3:] = torch.tensor([0.45, 0.04, 0.45, 0.04, 0.45, 0.04, 0.45])
+    weight[2, 0], weight[3, 9] = 0.45, 0.2
+    shares = compare([weight] * 5, [weight] * 5, 2, schedule("fixing", "channel", quantile=0.3))
+    assert shares[-1] == 0.75
+
+
+@interpreted
+@pytest.mark.parametrize("granularity", ["element", "tile"])
+def test_without_a_schedule_only_the_saved_weights_change(granularity, on_triton):
+    weights, gradients = walk((3, 11), torch.float32)
+    for saved in (True, False):
+        state = lts_state(weights[0], saved=saved)
+        before = [t.clone() for t in state if t is not None]
+        compare(weights[:1], gradients[:1], 3, None, saved)
+        lts_quantize(weights[0], state, *bounds(), 3, None)
+        after = [t for t in state if t is not None]
+        assert list(map(torch.equal, before, after)) == [True] * 4 + [False] * saved
+        frozen = random_mask((3, 11))
+
+        def prepare(state, frozen=frozen):
+            state.frozen.copy_(frozen)
+            return state
+
+        compare(weights[:2], gradients[:2], 3, None, saved, prepare=prepare)
+        compare(weights, gradients, 3, schedule("linear", granularity), saved, prepare=prepare)
+
+
+@interpreted
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+def test_weights_that_are_not_finite(granularity, on_triton):
+    weights, gradients = walk((6, 9), torch.float32)
+    for weight, value in itertools.product(weights[1:], (NAN, INF, -INF)):
+        weight[torch.randint(6, ()), torch.randint(9, ())] = value
+    compare(weights, gradients, 2, schedule("linear", granularity))
+    gradients[2][1, 1] = INF
+    gradients[3][2, 2] = NAN
+    compare(weights, gradients, 2, schedule("sine", granularity))
+
+
+@interpreted
+def test_many_steps_and_steps_beyond_the_end(on_triton):
+    """The sine's thresholds up to 1 and down again, one past a quarter turn, and each number of bits."""
+    weights, gradients = walk((4, 30), torch.float32, 20)
+    for levels in (2, 5, 8):
+        for growth in ("linear", "sine"):
+            compare(weights, gradients, levels, FreezeSchedule(2, 5, 0, growth, momentum=0.9, quantile=1.0))
+
+
+@triton.jit
+def _sine_kernel(source, target, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(target + place, kernels._sine(tl.load(source + place)))
+
+
+@interpreted
+def test_sine():
+    x = torch.cat([torch.linspace(0, math.pi / 2, 512), torch.linspace(0, 100, 512)]).double()
+    x[:4] = torch.tensor([0.0, math.pi / 2, math.pi, 1e-12], dtype=torch.float64)
+    result = torch.empty_like(x)
+    _sine_kernel[(1,)](x, result, SIZE=1024)
+    assert (result - x.sin()).abs().max() < 1e-15 * 10
+    assert result[1] == 1
+
+
+def strided(tensor):
+    """The same values in every other element of memory."""
+    if tensor is None:
+        return None
+    wide = tensor.new_empty((*tensor.shape, 2))
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+@interpreted
+@pytest.mark.parametrize("granularity", ["element", "tile"])
+def test_tensors_with_gaps(granularity, on_triton):
+    def with_gaps(state):
+        return type(state)(*map(strided, state))
+
+    weights, gradients = walk((6, 13), torch.float32)
+    moved = list(map(strided, weights)), list(map(strided, gradients))
+    compare(*moved, 2, schedule("linear", granularity), prepare=with_gaps)
+    compare([w.t() for w in weights], [g.t() for g in gradients], 2, schedule("linear", granularity))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zero_frozen(shape, dtype, on_triton):
+    x, frozen = torch.randn(shape).to(dtype), random_mask(shape)
+    x.view(-1)[::3] = torch.tensor([NAN, INF, -0.0]).to(dtype).repeat(x.numel())[: len(x.view(-1)[::3])]
+    copies = x.clone(), frozen.clone()
+    for each in (x, strided(x)):
+        output = torch.ops.tersor.zero_frozen(each, strided(frozen))
+        assert output.is_contiguous()
+        assert same(output, torch.where(unpack_mask(frozen, shape), torch.zeros_like(x), x))
+    assert same(x, copies[0])
+    assert same(frozen, copies[1])
+
+
+STEPS = {
+    "plain": (None, {"momentum": 0.0}),
+    "plain, decay": (None, {"weight_decay": 0.1, "maximize": True}),
+    "first": ("first", {"dampening": 0.3}),
+    "first, nesterov": ("first", {"nesterov": True, "weight_decay": 0.01}),
+    "momentum": ("buffer", {"dampening": 0.3, "weight_decay": 0.01}),
+    "nesterov": ("buffer", {"nesterov": True, "maximize": True}),
+}
+
+
+def tensors(count, shape, dtype, frozen):
+    """With NaN where frozen, which nobody may take into account."""
+    drawn = [torch.randn(shape) for _ in range(count)]
+    return [torch.where(unpack_mask(frozen, shape), NAN, t).to(dtype) for t in drawn]
+
+
+def on_both(step, *given):
+    """The step's tensors after it on both backends, contiguous and with gaps."""
+    for layout in (torch.clone, strided):
+        results = []
+        for backend in ("triton", "reference"):
+            own = [None if t is None else layout(t) for t in given]
+            with tersor.use_backend(backend):
+                assert step(*own) is None
+            results.append(own)
+        for mine, reference in zip(*results, strict=True):
+            assert (mine is None and reference is None) or same(mine, reference)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sgd(shape, dtype, on_triton):
+    """Bit for bit the reference's; what is frozen keeps its bits, of any NaN too."""
+    for buffer, changed in STEPS.values():
+        options = {
+            "lr": 0.1,
+            "momentum": 0.9,
+            "dampening": 0.0,
+            "weight_decay": 0.0,
+            "nesterov": False,
+            "maximize": False,
+        } | changed
+        for share in (0.0, 0.5, 1.0):
+            frozen = random_mask(shape, share)
+            parameter, gradient, momentum = tensors(3, shape, dtype, frozen)
+
+            def step(*own, options=options, first=buffer == "first"):
+                torch.ops.tersor.frozen_sgd_step(*own, **options, first=first)
+
+            on_both(step, parameter, gradient, momentum if buffer else None, frozen)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_adamw(shape, dtype, on_triton):
+    for share, maximize, number in ((0.0, False, 1), (0.5, False, 10), (0.5, True, 2), (1.0, False, 3)):
+        frozen = random_mask(shape, share)
+        parameter, gradient, exp_avg, exp_avg_sq = tensors(4, shape, dtype, frozen)
+
+        def step(*own, maximize=maximize, number=number):
+            torch.ops.tersor.frozen_adamw_step(*own, 1e-2, 0.9, 0.999, 1e-8, 0.1, maximize, number)
+
+        on_both(step, parameter, gradient, exp_avg, exp_avg_sq.square(), frozen)
+
+
+def check_product(function, grad_output, input, frozen, tiles, *rest):
+    """Zeros where nothing is computed, elsewhere the float64 result but for float32 sums and one rounding."""
+    ours = function(grad_output, input, frozen, tiles, *rest)
+    arguments = [t.double() if t is not None else None for t in (grad_output, input)]
+    with tersor.use_backend("reference"):
+        exact = function(*arguments, frozen, tiles, *rest)
+        size = function(*(t.abs() for t in arguments), frozen, tiles, *rest)
+    assert ours.dtype == input.dtype
+    assert ours.shape == exact.shape
+    assert ours.is_contiguous()
+    rounding = torch.finfo(input.dtype).eps / 2 * exact.abs()
+    assert ((ours - exact).abs() <= 1e-6 * size + 1.01 * rounding).all()
+    assert (ours[size == 0] == 0).all()
+    return ours
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_linear(parts, dtype, on_triton, monkeypatch):
+    """Tiles that divide the matrix and do not, of one element, larger than a block, larger than the matrix."""
+    monkeypatch.setattr(products, "PROGRAMS", 1 if parts == 1 else 10000)
+    monkeypatch.setattr(products, "STEPS", 1)
+    backward = torch.ops.tersor.frozen_linear_backward
+    for rows, columns, tile in (
+        (1, 1, (1, 1)),
+        (5, 3, (2, 1)),
+        (40, 24, (16, 8)),
+        (150, 70, (100, 66)),
+        (9, 17, (50, 50)),
+    ):
+        grad_output, input = torch.randn(130, rows).to(dtype), torch.randn(130, columns).to(dtype)
+        mask = torch.rand(rows, columns) < 0.7
+        mask[: rows // 2, : columns // 2] = True
+        plan = freeze_plan(pack_mask(mask), (rows, columns), tile, level="tiles")
+        assert len(plan.index)
+        for frozen in (None, pack_mask(mask)):
+            ours = check_product(backward, grad_output, input, frozen, plan.index, *plan.tile)
+            again = backward(strided(grad_output), input.t().contiguous().t(), frozen, plan.index, *tile)
+            assert same(ours, again)
+            assert not backward(grad_output, input, frozen, plan.index[:0], *plan.tile).any()
+            assert not backward(grad_output[:0], input[:0], frozen, plan.index, *plan.tile).any()
+            odd = torch.cat([plan.index.flatten()[:1], plan.index.flatten()])[1:].view(-1, 2)
+            assert same(ours, backward(grad_output, input, frozen, odd.long(), *plan.tile))
+            if frozen is not None:
+                assert not ours[mask].any()
+
+
+WINDOWS = {  # kernel, stride, padding, dilation
+    "1 x 1": ((1, 1), (1, 1), (0, 0), (1, 1)),
+    "3 x 3": ((3, 3), (1, 1), (1, 1), (1, 1)),
+    "strided": ((3, 2), (2, 3), (1, 0), (1, 1)),
+    "dilated": ((2, 3), (1, 2), (3, 2), (2, 3)),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_convolution(window, parts, on_triton, monkeypatch):
+    monkeypatch.setattr(products, "PROGRAMS", 1 if parts == 1 else 10000)
+    monkeypatch.setattr(products, "STEPS", 1)
+    kernel, stride, padding, dilation = WINDOWS[window]
+    backward = torch.ops.tersor.frozen_conv2d_backward
+    for number, (outputs, inputs, tile) in enumerate(
+        [(1, 1, (1, 1)), (5, 3, (2, 2)), (24, 16, (16, 8)), (9, 17, (50, 50))]
+    ):
+        dtype = DTYPES[number % 2]
+        input = torch.randn(2, inputs, 7, 9).to(dtype)
+        shape = torch.nn.functional.conv2d(
+            input, input.new_zeros(outputs, inputs, *kernel), None, stride, padding, dilation
+        )
+        grad_output = torch.randn(shape.shape).to(dtype)
+        mask = torch.rand(outputs, inputs, *kernel) < 0.7
+        mask[: outputs // 2, : inputs // 2] = True
+        plan = freeze_plan(pack_mask(mask), mask.shape, tile, level="tiles")
+        rest = kernel, stride, padding, dilation, *plan.tile
+        for frozen in (None, pack_mask(mask)):
+            ours = check_product(backward, grad_output, input, frozen, plan.index, *rest)
+            last = grad_output.to(memory_format=torch.channels_last), strided(input)
+            assert same(ours, backward(*last, frozen, plan.index, *rest))
+            assert not backward(grad_output, input, frozen, plan.index[:0], *rest).any()
+            assert not backward(grad_output[:0], input[:0], frozen, plan.index, *rest).any()
+
+
+@interpreted
+def test_rerun_is_bitwise_the_same(on_triton, monkeypatch):
+    monkeypatch.setattr(products, "STEPS", 1)
+    weight, frozen = torch.randn(30, 50), random_mask((30, 50))
+    quantized = torch.randn(30, 50), weight, weight.flip(0), *bounds(), frozen
+    tiles = torch.tensor([[0, 0], [1, 2]], dtype=torch.int32)
+    product = torch.randn(200, 30), torch.randn(200, 50), None, tiles, 16, 16
+    for backward, args in (
+        (torch.ops.tersor.lts_quantize_backward, quantized),
+        (lambda *args: (torch.ops.tersor.frozen_linear_backward(*args),), product),
+    ):
+        assert all(map(same, backward(*args), backward(*args)))
+
+
+@interpreted
+def test_a_list_that_names_no_tile_writes_nothing(on_triton):
+    """Beyond the matrix and negative, which the reference refuses; the device cannot, and stays inside the tensors."""
+    grad_output, input = torch.randn(5, 6), torch.randn(5, 7)
+    for tile in ([3, 0], [0, 4], [-1, 0], [0, -1]):
+        tiles = torch.tensor([tile], dtype=torch.int32)
+        assert not torch.ops.tersor.frozen_linear_backward(grad_output, input, None, tiles, 2, 2).any()
+
+
+@interpreted
+def test_mismatched_tensors_are_refused(on_triton):
+    """The public functions check before; the operators themselves must not read outside a tensor either."""
+    x, frozen, few = torch.randn(4, 5), torch.zeros(3, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)
+    ops, tiles = torch.ops.tersor, torch.zeros((1, 2), dtype=torch.int32)
+    image = torch.randn(2, 3, 5, 5)
+    window = (3, 3), (1, 1), (1, 1), (1, 1), 2, 2
+    with pytest.raises(ValueError, match=r"zero_frozen: frozen must have shape \(3,\)"):
+        ops.zero_frozen(x, few)
+    with pytest.raises(ValueError, match=r"frozen_sgd_step: gradient must have shape \(4, 5\), got \(5, 4\)"):
+        ops.frozen_sgd_step(x, x.t(), None, frozen, 0.1, 0.0, 0.0, 0.0, False, False, False)
+    with pytest.raises(ValueError, match="frozen_adamw_step: exp_avg_sq must have shape"):
+        ops.frozen_adamw_step(x, x, x, x[1:], frozen, 0.1, 0.9, 0.9, 1e-8, 0.0, False, 1)
+    with pytest.raises(ValueError, match=r"lts_quantize: lower must be one float32, got torch.float32 of shape \(2,\)"):
+        ops.lts_quantize_backward(x, x, None, torch.zeros(2), torch.ones(1), frozen)
+    with pytest.raises(ValueError, match="lts_quantize: code must have shape"):
+        state = lts_state(x)._replace(code=torch.zeros(3, dtype=torch.uint8))
+        ops.lts_quantize_forward(x, *bounds(), *state, 2, True, "fixing", 0.1, 0.9, 0, 1, 1, 1, 1.0)
+    with pytest.raises(ValueError, match="lower must be less than upper"):
+        lts_quantize(x, lts_state(x), *bounds(1.0, 1.0), 2)
+    with pytest.raises(ValueError, match=r"frozen_linear: grad_output and input must be \(tokens, O\)"):
+        ops.frozen_linear_backward(x, x[1:], None, tiles, 2, 2)
+    with pytest.raises(ValueError, match=r"frozen_linear: tiles must be \(count, 2\)"):
+        ops.frozen_linear_backward(x, x, None, tiles[0], 2, 2)
+    with pytest.raises(ValueError, match=r"frozen_linear: frozen must have shape \(4,\)"):
+        ops.frozen_linear_backward(x, x, frozen, tiles, 2, 2)
+    with pytest.raises(ValueError, match=r"frozen_conv2d: grad_output must have N, H' and W' \(2, 5, 5\)"):
+        ops.frozen_conv2d_backward(image[..., 1:], image, None, tiles, *window)
+    with pytest.raises(ValueError, match=r"frozen_conv2d: grad_output and input must be \(N, O, H', W'\)"):
+        ops.frozen_conv2d_backward(x, image, None, tiles, *window)
+
+
+@interpreted
+def test_float64_is_refused_by_the_kernels_and_runs_on_the_reference(on_triton):
+    x, frozen = torch.randn(4, 5).double(), random_mask((4, 5))
+    tiles = torch.zeros((1, 2), dtype=torch.int32)
+    for name, args in (("zero_frozen", (x, frozen)), ("frozen_linear_backward", (x, x, None, tiles, 2, 2))):
+        place = _operator.REGISTRY[name].place.replace("/", ".")
+        launcher = getattr(importlib.import_module(f"tersor.triton_kernels.{place}"), name)
+        with pytest.raises(TypeError, match=r"float16, bfloat16 and float32, got torch\.float64"):
+            launcher(*args)
+        ours = getattr(torch.ops.tersor, name)(*args)
+        with tersor.use_backend("reference"):
+            assert torch.equal(ours, getattr(torch.ops.tersor, name)(*args))
+
+
+def test_launchers_have_the_operators_names_and_arguments():
+    for name in OPERATORS:
+        op = _operator.REGISTRY[name]
+        launcher = getattr(importlib.import_module(f"tersor.triton_kernels.{op.place.replace('/', '.')}"), name)
+        arguments = [argument.name for argument in op.overload._schema.arguments]
+        assert list(launcher.__code__.co_varnames[: launcher.__code__.co_argcount]) == arguments
+
+
+def machine_code(case):
+    """PTX of the case for sm_90."""
+    signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
+    aligned = [i for i, kind in enumerate(signature.values()) if kind.endswith(":16")]
+    kinds = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(case.kernel, kinds, case.constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case.options).asm["ptx"]
+
+
+@compiled
+@pytest.mark.parametrize("place", ["lts_quantize", "frozen_sgd_step", "frozen_adamw_step"])
+def test_the_compiler_contracts_and_approximates_nothing(place):
+    """Every float32 operation rounds once and to nearest, and none flushes subnormals; float64 constants are whole."""
+    module = importlib.import_module(f"tersor.triton_kernels.freezing.{place}")
+    for case in ahead.cases(module):
+        if "fp32" not in case.label:
+            continue
+        code = machine_code(case)
+        arithmetic = set(re.findall(r"\b((?:div|fma|mad|rcp|sqrt|ex2|min|max|add|sub|mul)\.[\w.]*f(?:32|64))\b", code))
+        names = ("add", "sub", "mul", "div", "sqrt")
+        allowed = {f"{name}.rn.{kind}" for name in names for kind in ("f32", "f64")}
+        assert arithmetic <= allowed, (case.label, arithmetic - allowed)
+        assert arithmetic & {"add.rn.f32", "sub.rn.f32"}
+        if case.constants.get("GROWTH") == "sine" and case.constants.get("UPDATE", True):
+            assert "0d3FF921FB54442D18" in code  # pi / 2
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_products_are_pipelined_in_whole_vectors(dtype):
+    """The test of all kernels sees no copies to shared memory; half precision goes to the tensor cores."""
+    wanted = {f"window 64 {dtype}", f"linear 64 {dtype}", f"window in parts 64 {dtype}"}
+    found = [case for case in ahead.cases(products) if case.label in wanted]
+    assert len(found) == 3
+    for case in found:
+        code = machine_code(case)
+        sizes = re.findall(r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", code)
+        assert sizes
+        assert set(sizes) == {"0x10"}
+        assert ("wgmma.mma_async" in code) == (dtype != "fp32")
