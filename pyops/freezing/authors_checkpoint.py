@@ -55,7 +55,9 @@ def load_authors_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     if missing or unexpected:
         raise RuntimeError(f"load_authors_state_dict: missing keys {missing[:5]}, unexpected keys {unexpected[:5]}")
-    wrong = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if state[k].shape != v.shape]
+    wrong = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if state[k].shape != v.shape
+    ]
     if wrong:
         raise RuntimeError(f"load_authors_state_dict: shapes differ: {'; '.join(wrong[:5])}")
     own = {key: value for key, value in state.items() if _owner(key, layers) is None}

@@ -27,12 +27,14 @@ class FreezePlan(NamedTuple):
         index: int64 ``(count,)`` channels, or int32 ``(count, 2)`` tiles by row and column; None for the others.
         tile: output channels and input channels of a tile.
         work: share of the weight gradient that is computed.
+        shape: output and input channels of the weight that it was made for; None for any.
     """
 
     level: str
     index: Tensor | None
     tile: tuple[int, int]
     work: float
+    shape: tuple[int, int] | None = None
 
 
 DENSE = FreezePlan("dense", None, (1, 1), 1.0)
@@ -56,7 +58,7 @@ def freeze_plan(
         shape: of the weight, ``(O, I)`` or ``(O, I / groups, KH, KW)``.
         tile: output channels and input channels of a tile.
         groups: of the convolution; with more than one only ``"dense"`` and ``"layer"`` apply.
-        level: forces that level instead of choosing.
+        level: forces that level instead of choosing, unless all is frozen.
 
     Raises:
         TypeError, ValueError: an argument is not as stated.
@@ -78,7 +80,8 @@ def freeze_plan(
         if _backends.running(operator, frozen.device.type) == "reference":
             plans.pop("tiles", None)  # which computes the dense product and masks it
         level = min(plans, key=lambda each: _cost(plans[each]))
-    return plans[level]
+    plan = plans[level] if level in plans else plans["layer"]  # of rows, columns and tiles none is left
+    return plan._replace(shape=(shape[0], shape[1]))
 
 
 def _plans(free: Tensor, tile: tuple[int, int] | None) -> list[FreezePlan]:

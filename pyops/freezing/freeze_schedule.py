@@ -84,10 +84,10 @@ class FreezeSchedule:
 
     def block(self, shape: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of a block in a weight seen as a matrix (output channels, all the rest)."""
-        rows, columns = shape[0], math.prod(shape[1:])
+        rows, columns = max(1, shape[0]), max(1, math.prod(shape[1:]))
         return {
             "element": (1, 1),
-            "tile": (min(self.tile[0], rows), min(self.tile[1] * math.prod(shape[2:]), columns)),
+            "tile": (min(self.tile[0], rows), min(max(1, self.tile[1] * math.prod(shape[2:])), columns)),
             "channel": (1, columns),
             "layer": (rows, columns),
         }[self.granularity]

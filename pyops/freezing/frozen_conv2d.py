@@ -142,7 +142,9 @@ def _fake_backward(
 
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-    mapped = [a.unbind(dim) if isinstance(dim, int) else [a] * info.batch_size for a, dim in zip(args, in_dims, strict=True)]
+    mapped = [
+        a.unbind(dim) if isinstance(dim, int) else [a] * info.batch_size for a, dim in zip(args, in_dims, strict=True)
+    ]
     return torch.stack([_backward.overload(*each) for each in zip(*mapped, strict=True)]), 0
 
 

@@ -77,6 +77,10 @@ def check_plan(
     """The plan to go by."""
     if plan is not None and not isinstance(plan, FreezePlan):
         raise TypeError(f"{where}: plan must be a FreezePlan or None, got {type(plan).__name__}")
+    if plan is not None and plan.shape is not None and plan.shape != tuple(weight.shape[:2]):
+        raise ValueError(
+            f"{where}: plan must be of this weight {tuple(weight.shape)}, got one of {plan.shape} channels"
+        )
     if frozen is not None:
         check_mask(where, frozen, weight.shape, weight.device)
         return freeze_plan(frozen, weight.shape, groups=groups) if plan is None else plan

@@ -148,7 +148,9 @@ def _explained(module: _Bounds, quantize: Any) -> Tensor:
     except ValueError as error:
         if module.initialized or torch.compiler.is_compiling():
             raise
-        raise ValueError(f"bounds not initialised: run tersor.freezing.initialize_(model, batch) first ({error})") from None
+        raise ValueError(
+            f"bounds not initialised: run tersor.freezing.initialize_(model, batch) first ({error})"
+        ) from None
 
 
 def _settings(schedule: FreezeSchedule | None) -> list[float]:

@@ -116,7 +116,15 @@ def _constants(schedule: FreezeSchedule | None, weight: Tensor) -> tuple[Any, ..
     if schedule is None:
         return False, "fixing", 0.0, 0.0, 0, 1, 1, 1, 1.0
     steps = schedule.warmup_steps, schedule.total_steps
-    return True, schedule.growth, schedule.rate, schedule.momentum, *steps, *schedule.block(weight.shape), schedule.quantile
+    return (
+        True,
+        schedule.growth,
+        schedule.rate,
+        schedule.momentum,
+        *steps,
+        *schedule.block(weight.shape),
+        schedule.quantile,
+    )
 
 
 def _check_state(where: str, weight: Tensor, state: Any) -> None:

@@ -41,8 +41,7 @@ def _fake(input: Tensor, frozen: Tensor) -> Tensor:
 
 def _vmap(info: Any, in_dims: Any, input: Tensor, frozen: Tensor) -> tuple[Tensor, int]:
     inputs, masks = (
-        [t] * info.batch_size if dim is None else t.unbind(dim)
-        for t, dim in zip((input, frozen), in_dims, strict=True)
+        [t] * info.batch_size if dim is None else t.unbind(dim) for t, dim in zip((input, frozen), in_dims, strict=True)
     )
     return torch.stack([_ZeroFrozen.apply(i, m) for i, m in zip(inputs, masks, strict=True)]), 0
 

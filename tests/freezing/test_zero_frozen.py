@@ -41,3 +41,23 @@ SUBJECTS = [
         name="zero_frozen",
     )
 ]
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7, 9), (3, 64), (2, 17000)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_every_size_and_non_finite_values(shape: tuple[int, ...], dtype: torch.dtype, run: tuple[str, str]) -> None:
+    if run[1] == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels have no float64")
+    mask = torch.rand(shape) < 0.5
+    input = torch.where(mask, float("nan"), torch.randn(shape)).to(dtype)
+    output = zero_frozen(input.to(run[0]), pack_mask(mask).to(run[0]))
+    assert torch.equal(output.cpu(), torch.where(mask, 0, input))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match="frozen must be a uint8 tensor as pack_mask returns it, got torch.bool"):
+        zero_frozen(torch.zeros(9), torch.zeros(9, dtype=torch.bool))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"frozen must have shape \(2,\), one bit for each element.*got \(3,\)"):
+        zero_frozen(torch.zeros(9), torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="one bit per element"):
+        torch.ops.tersor.zero_frozen(torch.zeros(90), torch.zeros(3, dtype=torch.uint8))

@@ -17,7 +17,8 @@ from tersor.triton_kernels.quantization._fake_quantize import Case
 
 @triton.jit(do_not_specialize=["size"])
 def _kernel(
-    parameter, gradient, exp_avg, exp_avg_sq, frozen, beta1, new_share1, beta2, new_share2, eps, decay, rate, root, size,
+    parameter, gradient, exp_avg, exp_avg_sq, frozen,
+    beta1, new_share1, beta2, new_share2, eps, decay, rate, root, size,
     MAXIMIZE: tl.constexpr, VECTOR: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     """In the order of the reference, each operation rounded."""

@@ -68,7 +68,7 @@ def _store(grad_weight, sums, tap, row, has_row, column, has_column, inputs, tap
 @triton.jit
 def _partial(partials, part, BLOCK: tl.constexpr):
     """Where this program's sums of a part of the pixels lie, ``[BLOCK[0], BLOCK[1]]``."""
-    first = (part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (BLOCK[0] * BLOCK[1])
+    first = (tl.cast(part, tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (BLOCK[0] * BLOCK[1])
     return partials + first + tl.arange(0, BLOCK[0])[:, None] * BLOCK[1] + tl.arange(0, BLOCK[1])[None, :]
 
 
@@ -196,7 +196,7 @@ def compute(
     chunk = triton.cdiv(steps, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(steps, STEPS))) * block_p
     parts = triton.cdiv(pixels, chunk)
     sizes = outputs, inputs, taps, *tile
-    pairs = tiles.to(torch.int32).contiguous()
+    pairs = tiles.to(torch.int32).reshape(-1).contiguous()
     pairs = (pairs.clone() if pairs.storage_offset() % 2 else pairs).view(torch.int64)
     target = grad_weight
     if parts > 1:

@@ -6,7 +6,7 @@ Bytes per element that move, for a weight of u bytes:
 forward   without a schedule 2u; with one 2u + 10, the distance and the code being read and written
 blocks    u + 5 more, from the second level's cache as a rule: their elements within the threshold are counted first
 backward  3u
-saved     forward u more where an octet of elements is all free, 2u where some of it are frozen; backward u where some are
+saved     u more where an octet of elements is all free, 2u where some are frozen; backward u where some are
 mask      1/8 read and 1/8 written, with a schedule 1/8 more; backward 1/8
 ========  ==============================================================================================
 
@@ -88,7 +88,7 @@ def _limit(step, threshold, levels, warmup, span, GROWTH: tl.constexpr):
         part = (step - warmup).to(tl.float64) / span.to(tl.float64)
         if GROWTH == "sine":
             part = _sine(part * _HALF_PI)
-        limit = (part / levels.to(tl.float64)).to(tl.float32)
+        limit = (part / tl.cast(levels, tl.float64)).to(tl.float32)
     return tl.where(step > warmup, limit, float("-inf"))
 
 
@@ -231,9 +231,9 @@ def _settle_kernel(
             within = tl.zeros([WIDTH], tl.int64)
             free = tl.zeros([WIDTH], tl.int64)
             for part in range(parts):
-                row = counts + part.to(tl.int64) * padded + own
+                row = counts + tl.cast(part, tl.int64) * padded + own
                 within += tl.load(row, mask=own < padded, other=0)
-                free += tl.load(row + parts.to(tl.int64) * padded, mask=own < padded, other=0)
+                free += tl.load(row + tl.cast(parts, tl.int64) * padded, mask=own < padded, other=0)
             last = own % across == across - 1
             least = tl.where(own // across == down - 1, tl.where(last, corner, bottom), tl.where(last, right, whole))
             enough = (within >= least) & (own < count)
