@@ -32,6 +32,11 @@ def unit(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Te
 class EagerLtsWeight(nn.Module):
     """One weight's quantiser with four buffers of its shape, all replaced in every step; masks the dense gradient."""
 
+    previous: Tensor
+    distance: Tensor
+    frozen: Tensor
+    saved: Tensor
+
     def __init__(self, weight: Tensor, bits: int, schedule: FreezeSchedule | None = None) -> None:
         super().__init__()
         self.bits, self.schedule, self.step = bits, schedule, -1
@@ -67,8 +72,7 @@ class EagerLtsWeight(nn.Module):
 
 
 class _Eager:
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
 
     def _configure(self, bits: int, schedule: FreezeSchedule | None) -> None:
         self.quantize_weight = EagerLtsWeight(self.weight, bits, schedule)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tersor.freezing.layers import _Lts
+from tersor.freezing.layers import LtsConv2d, LtsLinear
 from tersor.freezing.mask import pack_mask, unpack_mask
 
 _BOUNDS = {
@@ -25,7 +25,7 @@ def authors_state_dict(model: nn.Module) -> dict[str, Tensor]:
     What these do not hold is left out: the step. ``unchange_step`` is 1 for a frozen weight where the model does not
     keep the step at which it froze (``frozen_step=True``); a reader of the published code asks only whether it is 0.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Lts)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (LtsConv2d, LtsLinear))}
     state = model.state_dict()
     result: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -50,7 +50,7 @@ def load_authors_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     Raises:
         RuntimeError: keys are missing, unexpected or of another shape.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Lts)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (LtsConv2d, LtsLinear))}
     wanted = authors_state_dict(model)
     missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     if missing or unexpected:
@@ -66,7 +66,7 @@ def load_authors_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     model.load_state_dict(own)
 
 
-def _owner(key: str, layers: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+def _owner(key: str, layers: Mapping[str, LtsConv2d | LtsLinear]) -> tuple[str, str] | None:
     """The quantised layer that a key belongs to, and the rest of the key."""
     for cut in [i for i, c in enumerate(key) if c == "."][::-1]:
         if key[:cut] in layers:
@@ -74,7 +74,7 @@ def _owner(key: str, layers: Mapping[str, nn.Module]) -> tuple[str, str] | None:
     return ("", key) if "" in layers else None
 
 
-def _authors_entries(name: str, layer: _Lts) -> dict[str, Tensor]:
+def _authors_entries(name: str, layer: LtsConv2d | LtsLinear) -> dict[str, Tensor]:
     prefix = f"{name}." if name else ""
     weight = layer.quantize_weight
     shape = layer.weight.shape
@@ -95,7 +95,7 @@ def _authors_entries(name: str, layer: _Lts) -> dict[str, Tensor]:
     return {prefix + key: values[key] for key in _OWN}
 
 
-def _own_entries(prefix: str, layer: _Lts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _own_entries(prefix: str, layer: LtsConv2d | LtsLinear, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weight = layer.quantize_weight
     step = state[f"{prefix}unchange_step"]
     frozen = step != 0

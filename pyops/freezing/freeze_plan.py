@@ -24,14 +24,14 @@ class FreezePlan(NamedTuple):
     Attributes:
         level: ``"dense"`` all, ``"tiles"`` those listed, ``"rows"`` or ``"columns"`` the output or input channels
             listed, ``"layer"`` nothing: the whole layer is frozen, and no input is kept for it.
-        index: int64 ``(count,)`` channels, or int32 ``(count, 2)`` tiles by row and column; None for the others.
+        listed: int64 ``(count,)`` channels, or int32 ``(count, 2)`` tiles by row and column; None for the others.
         tile: output channels and input channels of a tile.
         work: share of the weight gradient that is computed.
         shape: output and input channels of the weight that it was made for; None for any.
     """
 
     level: str
-    index: Tensor | None
+    listed: Tensor | None
     tile: tuple[int, int]
     work: float
     shape: tuple[int, int] | None = None

@@ -16,8 +16,8 @@ GRANULARITIES = ("element", "tile", "channel", "layer")
 class FreezeSchedule:
     r"""How fast weights freeze during a run of T = ``epochs * batches_per_epoch`` training steps.
 
-    Nothing freezes in the first W = ``warmup_epochs * batches_per_epoch`` steps. In step t > W a weight freezes once its
-    running distance to its level is at most ``r / (2**bits - 1)``, with r = ``rate`` for ``growth="fixing"``,
+    Nothing freezes in the first W = ``warmup_epochs * batches_per_epoch`` steps. In step t > W a weight freezes once
+    its running distance to its level is at most ``r / (2**bits - 1)``, with r = ``rate`` for ``growth="fixing"``,
     (t - W) / (T - W) for ``"linear"`` and sin(pi/2 (t - W) / (T - W)) for ``"sine"``.
 
     With a ``granularity`` other than ``"element"`` (the published one) weights freeze in blocks: all of a block as soon
@@ -36,7 +36,8 @@ class FreezeSchedule:
         quantile: above 0, up to 1.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated, or with a growing rate the warm-up is not shorter than the run.
+        TypeError, ValueError: an argument is not as stated, or with a growing rate the warm-up is not shorter than the
+            run.
 
     Source: Zhong et al., "Exploiting the Partly Scratch-off Lottery Ticket for Quantization-Aware Training", arXiv
     2211.08544; blocks are an extension.

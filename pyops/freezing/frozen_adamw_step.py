@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor._operator import operator
+from tersor._operator import Operator, operator
 from tersor.freezing.frozen_sgd_step import _fake, step_one_by_one
 from tersor.freezing.mask import unpack_mask
 from tersor.quantization._quantizer import exact_dtype
@@ -37,9 +37,10 @@ def _reference(
     parameter.copy_(torch.where(free, new, old))
 
 
+frozen_adamw_step: Operator
 # In step t, with g the gradient (negated for maximize): m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
 # parameter = (1 - lr weight_decay) parameter - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps), as
-# torch.optim.AdamW does it; where frozen, nothing is read or written.
+# torch.optim.AdamW does it. Where frozen, nothing changes.
 frozen_adamw_step = operator(
     "frozen_adamw_step(Tensor(a!) parameter, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor frozen,"
     " float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, int step) -> ()",

@@ -38,8 +38,8 @@ def frozen_conv2d(
         bias: ``(O,)``.
         stride, padding, dilation, groups: as for ``torch.nn.functional.conv2d``, in numbers. With several groups only
             the whole layer can be left out.
-        frozen: packed mask of the weight, see :func:`pack_mask`; must stay as it is until the backward pass. None for no zeros
-            besides what ``plan`` leaves out.
+        frozen: packed mask of the weight, see :func:`pack_mask`; must stay as it is until the backward pass. None for
+            no zeros besides what ``plan`` leaves out.
         plan: from :func:`freeze_plan`; None makes one now.
 
     Returns:
@@ -49,7 +49,7 @@ def frozen_conv2d(
         TypeError, ValueError: an argument is not as stated.
     """
     name = "frozen_conv2d"
-    given = dict(input=input, weight=weight) | ({} if bias is None else dict(bias=bias))
+    given = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     check_floating(name, **given)
     groups = as_int(name, groups=groups)
     if weight.dim() != 4 or input.dim() != 4 or groups < 1 or input.shape[1] != weight.shape[1] * groups:
@@ -99,18 +99,19 @@ class _FrozenConv2d(torch.autograd.Function):
 
 def _weight_gradient(ctx: Any, grad_output: Tensor, input: Tensor, frozen: Tensor | None, index: Any) -> Tensor:
     rows, columns, *kernel_size = ctx.weight_shape
+    stride, padding, dilation = ctx.window
     if ctx.level == "tiles":
-        return _backward(grad_output, input, frozen, index, kernel_size, *ctx.window, *ctx.tile)
+        return _backward(grad_output, input, frozen, index, kernel_size, stride, padding, dilation, *ctx.tile)
     if ctx.level == "dense":
-        gradient = dense.conv2d_weight(input, ctx.weight_shape, grad_output, *ctx.window, ctx.groups)
+        gradient = dense.conv2d_weight(input, ctx.weight_shape, grad_output, stride, padding, dilation, ctx.groups)
     elif ctx.level == "rows":
         size = (len(index), columns, *kernel_size)
-        some = dense.conv2d_weight(input, size, grad_output.index_select(1, index), *ctx.window)
-        gradient = input.new_zeros(ctx.weight_shape).index_copy(0, index, some)
+        some = dense.conv2d_weight(input, size, grad_output.index_select(1, index), stride, padding, dilation)
+        gradient = input.new_zeros(ctx.weight_shape).index_copy_(0, index, some)
     else:
         size = (rows, len(index), *kernel_size)
-        some = dense.conv2d_weight(input.index_select(1, index), size, grad_output, *ctx.window)
-        gradient = input.new_zeros(ctx.weight_shape).index_copy(1, index, some)
+        some = dense.conv2d_weight(input.index_select(1, index), size, grad_output, stride, padding, dilation)
+        gradient = input.new_zeros(ctx.weight_shape).index_copy_(1, index, some)
     return gradient if frozen is None else _zero_frozen(gradient, frozen)
 
 

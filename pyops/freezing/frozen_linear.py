@@ -46,11 +46,12 @@ def frozen_linear(
     Source of the masks: Zhong et al., arXiv 2211.08544; the authors compute the dense gradient and mask it.
     """
     name = "frozen_linear"
-    given = dict(input=input, weight=weight) | ({} if bias is None else dict(bias=bias))
+    given = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     check_floating(name, **given)
     if weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{name}: input must be (..., I) for a weight (O, I), got shapes {tuple(input.shape)} and {tuple(weight.shape)}"
+            f"{name}: input must be (..., I) for a weight (O, I), got shapes {tuple(input.shape)} and "
+            f"{tuple(weight.shape)}"
         )
     check_layer(name, weight, bias, input)
     plan = check_plan(name, weight, frozen, plan)
@@ -118,7 +119,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def _weight_gradient(
-    grad_output: Tensor, input: Tensor, frozen: Tensor | None, level: str, index: Tensor | None, tile: tuple[int, int]
+    grad_output: Tensor, input: Tensor, frozen: Tensor | None, level: str, index: Any, tile: tuple[int, int]
 ) -> Tensor:
     if level == "tiles":
         return _backward(grad_output, input, frozen, index, *tile)
@@ -126,10 +127,10 @@ def _weight_gradient(
         gradient = grad_output.t() @ input
     elif level == "rows":
         gradient = input.new_zeros(grad_output.shape[1], input.shape[1])
-        gradient = gradient.index_copy(0, index, grad_output.index_select(1, index).t() @ input)
+        gradient.index_copy_(0, index, grad_output.index_select(1, index).t() @ input)
     else:
         gradient = input.new_zeros(grad_output.shape[1], input.shape[1])
-        gradient = gradient.index_copy(1, index, grad_output.t() @ input.index_select(1, index))
+        gradient.index_copy_(1, index, grad_output.t() @ input.index_select(1, index))
     return gradient if frozen is None else _zero_frozen(gradient, frozen)
 
 

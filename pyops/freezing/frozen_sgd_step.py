@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor._operator import operator
+from tersor._operator import Operator, operator
 from tersor.freezing.mask import unpack_mask
 from tersor.quantization._quantizer import exact_dtype
 
@@ -60,9 +60,11 @@ def step_one_by_one(op: Any, tensors: int) -> Any:
     return vmap
 
 
-# With g the gradient (negated for maximize) plus weight_decay * parameter, buffer = momentum * buffer + (1 - dampening) g
-# (g itself in the first step), and parameter -= lr * (buffer, or g + momentum * buffer for nesterov, or without a buffer
-# g), as torch.optim.SGD does it; where frozen, nothing is read or written, but a first step sets the buffer to 0.
+frozen_sgd_step: Operator
+# With g the gradient (negated for maximize) plus weight_decay * parameter, buffer = momentum * buffer +
+# (1 - dampening) g (g itself in the first step), and parameter -= lr * (buffer, or g + momentum * buffer for nesterov,
+# or without a buffer g), as torch.optim.SGD does it. Where frozen, nothing changes, but a first step sets the buffer
+# to 0.
 frozen_sgd_step = operator(
     "frozen_sgd_step(Tensor(a!) parameter, Tensor gradient, Tensor(b!)? momentum_buffer, Tensor frozen, float lr,"
     " float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> ()",

@@ -18,7 +18,7 @@ from tersor.freezing.frozen_conv2d import frozen_conv2d
 from tersor.freezing.frozen_linear import frozen_linear
 from tersor.freezing.lts_quantize import LtsState, lts_quantize, lts_state
 from tersor.freezing.mask import unpack_mask
-from tersor.quantization._quantizer import check_bits
+from tersor.quantization._quantizer import check_bits, exact_dtype
 from tersor.quantization.fake_quantize_bounds import fake_quantize_bounds
 
 
@@ -117,6 +117,20 @@ class LtsWeight(_Bounds):
     def state(self) -> LtsState:
         return LtsState(self.distance, self.code, self.frozen, self.counters, self.saved, self.frozen_step)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts; but the state stays contiguous and exact, whatever format and dtype the weight gets."""
+        exact = {"distance": self.distance, "settings": self.settings}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            now = getattr(self, name)
+            dtype = torch.float64 if name == "settings" else exact_dtype(now.dtype)
+            if now.dtype != dtype:  # a detour through half precision would have rounded it
+                setattr(self, name, before.to(now.device, dtype))
+        for name in ("distance", "code", "saved", "frozen_step"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).contiguous())
+        return self
+
     def forward(self, weight: Tensor) -> Tensor:
         return self.quantize(weight, self.schedule)
 
@@ -176,11 +190,14 @@ def _warn_of_other_settings(module: nn.Module, incompatible: Any) -> None:
     module.settings.copy_(torch.tensor(wanted, dtype=torch.float64))
 
 
+def _forget_plan(layer: Any, incompatible: Any) -> None:
+    layer.plan = None  # of another mask
+
+
 class _Lts:
     """What the layers add to torch's."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
     training: bool
 
     def _configure(self, bits: int, schedule: FreezeSchedule | None, saved: bool, frozen_step: bool) -> None:
@@ -188,6 +205,7 @@ class _Lts:
         self.quantize_input = UnitActivation(bits)
         self.quantize_input.to(self.weight.device, self.quantize_weight.distance.dtype)
         self.plan: FreezePlan | None = None
+        nn.Module.register_load_state_dict_post_hook(self, _forget_plan)
 
     def refresh_plan(self) -> FreezePlan:
         """Looks at the mask and skips from now on what is frozen, see :func:`refresh_`."""
@@ -236,8 +254,9 @@ class LtsConv2d(_Lts, nn.Conv2d):
         input, weight = self.quantize_input(input), self._quantized_weight()
         if self.plan is None or self.plan.level == "dense" or not self.training:
             return self._conv_forward(input, weight, self.bias)
-        window = self.stride, self.padding, self.dilation, self.groups
-        return frozen_conv2d(input, weight, self.bias, *window, plan=self.plan)
+        assert not isinstance(self.padding, str)
+        window = self.stride, self.padding, self.dilation
+        return frozen_conv2d(input, weight, self.bias, *window, self.groups, plan=self.plan)
 
 
 class LtsLinear(_Lts, nn.Linear):
@@ -293,7 +312,7 @@ def initialize_(model: nn.Module, *batch: Any) -> Any:
         model.train(training)
 
 
-def frozen_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, LtsWeight]]:
+def frozen_weights(model: nn.Module) -> Iterator[tuple[Tensor, LtsWeight]]:
     """Every parameter that may freeze, with the module that holds its mask."""
     for module in model.modules():
         if isinstance(module, _Lts):

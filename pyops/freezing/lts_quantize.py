@@ -69,8 +69,8 @@ def lts_quantize(
     frozen before this call; the bounds get their gradient from all elements.
 
     Args:
-        weight: any shape with at least one dimension; float16, bfloat16, float32 or float64. The first dimension is that
-            of the output channels.
+        weight: any shape with at least one dimension; float16, bfloat16, float32 or float64. The first dimension is
+            that of the output channels.
         state: from :func:`lts_state`; changed in place.
         lower, upper: one element each.
         bits: 2 to 8; 32 returns the weight and leaves the state alone.
@@ -133,7 +133,12 @@ def _check_state(where: str, weight: Tensor, state: Any) -> None:
     if weight.dim() == 0:
         raise ValueError(f"{where}: weight must have at least one dimension, got shape ()")
     check_mask(where, state.frozen, weight.shape, weight.device)
-    dtypes = dict(distance=exact_dtype(weight.dtype), code=torch.uint8, saved=weight.dtype, frozen_step=torch.int32)
+    dtypes = {
+        "distance": exact_dtype(weight.dtype),
+        "code": torch.uint8,
+        "saved": weight.dtype,
+        "frozen_step": torch.int32,
+    }
     for name, dtype in dtypes.items():
         tensor = getattr(state, name)
         if tensor is None and name in ("saved", "frozen_step"):
@@ -288,11 +293,14 @@ class _LtsQuantize(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         weight, lower, upper, *_ = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         # Of `saved` the backward pass reads what was frozen before, which no later call changes.
         ctx.save_for_backward(weight, inputs[7], lower, upper, output[1])
 
     @staticmethod
     def backward(ctx, grad_output, _):
+        if grad_output is None:  # the layer's weight gradient was left out
+            return (None,) * 19
         return *_backward(grad_output, *ctx.saved_tensors), *[None] * 16
 
     vmap = staticmethod(_vmap)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersor.freezing.frozen_adamw_step import frozen_adamw_step
 from tersor.freezing.frozen_sgd_step import frozen_sgd_step
 from tersor.freezing.layers import LtsWeight
 from tersor.freezing.mask import check_mask
 
-Masks = Iterable[tuple[nn.Parameter, "LtsWeight | Tensor"]]
+Masks = Iterable[tuple[Tensor, "LtsWeight | Tensor"]]
 
 
 class _Frozen(torch.optim.Optimizer):
@@ -26,17 +26,15 @@ class _Frozen(torch.optim.Optimizer):
         for parameter, mask in masks:
             if parameter not in known:
                 raise ValueError(
-                    f"{name}: masks must be of parameters that the optimiser has, got one of shape {tuple(parameter.shape)} "
-                    f"that is not among params"
+                    f"{name}: masks must be of parameters that the optimiser has, got one of shape "
+                    f"{tuple(parameter.shape)} that is not among params"
                 )
             if not isinstance(mask, LtsWeight):
                 check_mask(name, mask, parameter.shape, parameter.device)
-            if not parameter.is_contiguous():
-                raise ValueError(f"{name}: parameters with a mask must be contiguous, got strides {parameter.stride()}")
             self._masks[parameter] = mask
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -51,17 +49,29 @@ class _Frozen(torch.optim.Optimizer):
                 parameter.grad = gradient
         for group in self.param_groups:
             for parameter in group["params"]:
-                if (gradient := gradients.get(parameter)) is not None:
+                if parameter in gradients:
+                    gradient = gradients[parameter]
                     if gradient.is_sparse:
                         raise ValueError(f"{type(self).__name__}: gradients of masked parameters must not be sparse")
                     mask = self._masks[parameter]
                     frozen = mask.frozen if isinstance(mask, LtsWeight) else mask
-                    self._step_one(group, parameter, gradient.contiguous(), frozen)
+                    values = parameter.contiguous()  # the mask counts elements in this order
+                    self._step_one(group, self.state[parameter], values, gradient.contiguous(), frozen)
+                    if values is not parameter:
+                        parameter.copy_(values)
                     torch.autograd.graph.increment_version(parameter)
         return loss
 
-    def _step_one(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, frozen: Tensor) -> None:
+    def _step_one(
+        self, group: dict[str, Any], state: dict[str, Any], values: Tensor, gradient: Tensor, frozen: Tensor
+    ) -> None:
         raise NotImplementedError
+
+    @staticmethod
+    def _buffer(state: dict[str, Any], name: str) -> Tensor:
+        """The named tensor of the state, contiguous."""
+        state[name] = state[name].contiguous()
+        return state[name]
 
 
 class FrozenSGD(_Frozen, torch.optim.SGD):
@@ -82,14 +92,17 @@ class FrozenSGD(_Frozen, torch.optim.SGD):
         torch.optim.SGD.__init__(self, params, lr, **options)
         self._attach(masks)
 
-    def _step_one(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, frozen: Tensor) -> None:
-        state, momentum = self.state[parameter], group["momentum"]
-        buffer = state.get("momentum_buffer")
-        first = buffer is None and momentum != 0
+    def _step_one(
+        self, group: dict[str, Any], state: dict[str, Any], values: Tensor, gradient: Tensor, frozen: Tensor
+    ) -> None:
+        momentum, buffer = group["momentum"], None
+        first = momentum != 0 and state.get("momentum_buffer") is None
         if first:
-            buffer = state["momentum_buffer"] = torch.empty_like(parameter)
+            state["momentum_buffer"] = torch.empty_like(values)
+        if momentum != 0:
+            buffer = self._buffer(state, "momentum_buffer")
         options = group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"], first
-        frozen_sgd_step.overload(parameter, gradient, buffer, frozen, float(group["lr"]), momentum, *options)
+        frozen_sgd_step.overload(values, gradient, buffer, frozen, float(group["lr"]), momentum, *options)
 
 
 class FrozenAdamW(_Frozen, torch.optim.AdamW):
@@ -109,13 +122,14 @@ class FrozenAdamW(_Frozen, torch.optim.AdamW):
         torch.optim.AdamW.__init__(self, params, lr, **options)
         self._attach(masks)
 
-    def _step_one(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, frozen: Tensor) -> None:
-        state = self.state[parameter]
+    def _step_one(
+        self, group: dict[str, Any], state: dict[str, Any], values: Tensor, gradient: Tensor, frozen: Tensor
+    ) -> None:
         if not state:
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(values), torch.zeros_like(values)
         state["step"] += 1
-        moments = state["exp_avg"], state["exp_avg_sq"]
+        moments = self._buffer(state, "exp_avg"), self._buffer(state, "exp_avg_sq")
         betas = [float(beta) for beta in group["betas"]]
         options = group["eps"], group["weight_decay"], group["maximize"], int(state["step"])
-        frozen_adamw_step.overload(parameter, gradient, *moments, frozen, float(group["lr"]), *betas, *options)
+        frozen_adamw_step.overload(values, gradient, *moments, frozen, float(group["lr"]), *betas, *options)

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor._checks import check_window
 from tersor.quantization._quantizer import exact_dtype
 from tersor.quantization.bounded_activation import BoundedActivation
 from tersor.quantization.fake_quantize_bounds import fake_quantize_bounds
 from tersor.quantization.layers import QuantizedConv2d, QuantizedLinear
-from tersor._checks import check_window
 from tersor.quantization.pack_codes import pack_codes, packed_size, unpack_codes
 from tersor.quantization.quantized_conv2d import PreparedWeight, convolve, prepare_weight
 from tersor.quantization.quantized_linear import multiply

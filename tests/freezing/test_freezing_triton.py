@@ -122,7 +122,7 @@ def walk(shape, dtype, steps=6):
 
 
 def schedule(growth="linear", granularity="element", tile=(2, 2), quantile=0.5, warmup=1):
-    return FreezeSchedule(1, 7, warmup, growth, 0.4, 0.6, granularity, tile, quantile)
+    return FreezeSchedule(1, 9, warmup, growth, 0.3, 0.6, granularity, tile, quantile)
 
 
 @interpreted
@@ -133,24 +133,26 @@ def test_steps_of_elements(shape, dtype, on_triton):
         ("fixing", "linear", "sine"), ((True, True), (False, False), (True, False)), strict=True
     ):
         shares = compare(*walk(shape, dtype), 2, schedule(growth), *optional)
+        print(shape, growth, shares)
         if math.prod(shape) > 8:
             assert shares[1] == 0 < shares[-1] < 1
 
 
 @interpreted
 @pytest.mark.parametrize("growth", ["fixing", "linear", "sine"])
-@pytest.mark.parametrize("granularity", ["tile", "channel", "layer"])
-def test_steps_of_blocks(granularity, growth, on_triton):
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 11), (7, 5, 3, 3), (6, 16), (5, 9, 8)], ids=str)
+def test_steps_of_blocks(shape, growth, on_triton):
     """Blocks of whole octets and of parts of them, of one row, with smaller ones at the borders, and beyond them."""
-    some = 0
-    for number, shape in enumerate([(1,), (5, 1), (3, 11), (7, 5, 3, 3), (6, 16), (5, 9, 40)]):
-        for tile in ((2, 2), (4, 8), (100, 100)):
-            quantile = 0.3 if granularity == "layer" else 0.5
-            schedules = schedule(growth, granularity, tile, quantile)
-            shares = compare(*walk(shape, DTYPES[number % 2]), 2, schedules, number % 2 == 0, number % 3 == 0)
-            assert shares[1] == 0
-            some += 0 < shares[-1] < 1 or (granularity == "layer" and shares[-1] == 1)
-    assert some > 3
+    shares = []
+    for number, (granularity, tile) in enumerate(
+        [("tile", (2, 2)), ("tile", (4, 8)), ("tile", (100, 100)), ("channel", (1, 1)), ("layer", (1, 1))]
+    ):
+        options = schedule(growth, granularity, tile, 0.3)
+        last = compare(*walk(shape, DTYPES[number % 2]), 2, options, number % 2 == 0, number % 3 == 0)
+        assert last[1] == 0
+        shares.append(last[-1])
+    print(shape, growth, shares)
+    assert max(shares) > 0 or shape == (1,)
 
 
 @interpreted
@@ -168,9 +170,8 @@ def test_blocks_in_several_parts(on_triton, monkeypatch):
 @interpreted
 def test_a_share_is_compared_in_double_precision(on_triton):
     """0.3 is 0.30000001192 in float32: three elements of ten would not be enough."""
-    weight = torch.full((4, 10), 0.2)
-    weight[:, 3:] = torch.tensor([0.45, 0.04, 0.45, 0.04, 0.45, 0.04, 0.45])
-    weight[2, 0], weight[3, 9] = 0.45, 0.2
+    weight = torch.full((4, 10), 0.12)  # which is far from a level, as 0.45 is not
+    weight[:, 4:7], weight[3, 5] = 0.45, 0.12
     shares = compare([weight] * 5, [weight] * 5, 2, schedule("fixing", "channel", quantile=0.3))
     assert shares[-1] == 0.75
 
@@ -370,15 +371,16 @@ def test_linear(parts, dtype, on_triton, monkeypatch):
         grad_output, input = torch.randn(130, rows).to(dtype), torch.randn(130, columns).to(dtype)
         mask = torch.rand(rows, columns) < 0.7
         mask[: rows // 2, : columns // 2] = True
+        mask.view(-1)[-1] = False
         plan = freeze_plan(pack_mask(mask), (rows, columns), tile, level="tiles")
-        assert len(plan.index)
+        assert len(plan.listed)
         for frozen in (None, pack_mask(mask)):
-            ours = check_product(backward, grad_output, input, frozen, plan.index, *plan.tile)
-            again = backward(strided(grad_output), input.t().contiguous().t(), frozen, plan.index, *tile)
+            ours = check_product(backward, grad_output, input, frozen, plan.listed, *plan.tile)
+            again = backward(strided(grad_output), input.t().contiguous().t(), frozen, plan.listed, *tile)
             assert same(ours, again)
-            assert not backward(grad_output, input, frozen, plan.index[:0], *plan.tile).any()
-            assert not backward(grad_output[:0], input[:0], frozen, plan.index, *plan.tile).any()
-            odd = torch.cat([plan.index.flatten()[:1], plan.index.flatten()])[1:].view(-1, 2)
+            assert not backward(grad_output, input, frozen, plan.listed[:0], *plan.tile).any()
+            assert not backward(grad_output[:0], input[:0], frozen, plan.listed, *plan.tile).any()
+            odd = torch.cat([plan.listed.flatten()[:1], plan.listed.flatten()])[1:].view(-1, 2)
             assert same(ours, backward(grad_output, input, frozen, odd.long(), *plan.tile))
             if frozen is not None:
                 assert not ours[mask].any()
@@ -411,14 +413,15 @@ def test_convolution(window, parts, on_triton, monkeypatch):
         grad_output = torch.randn(shape.shape).to(dtype)
         mask = torch.rand(outputs, inputs, *kernel) < 0.7
         mask[: outputs // 2, : inputs // 2] = True
+        mask.view(-1)[-1] = False
         plan = freeze_plan(pack_mask(mask), mask.shape, tile, level="tiles")
         rest = kernel, stride, padding, dilation, *plan.tile
         for frozen in (None, pack_mask(mask)):
-            ours = check_product(backward, grad_output, input, frozen, plan.index, *rest)
+            ours = check_product(backward, grad_output, input, frozen, plan.listed, *rest)
             last = grad_output.to(memory_format=torch.channels_last), strided(input)
-            assert same(ours, backward(*last, frozen, plan.index, *rest))
-            assert not backward(grad_output, input, frozen, plan.index[:0], *rest).any()
-            assert not backward(grad_output[:0], input[:0], frozen, plan.index, *rest).any()
+            assert same(ours, backward(*last, frozen, plan.listed, *rest))
+            assert not backward(grad_output, input, frozen, plan.listed[:0], *rest).any()
+            assert not backward(grad_output[:0], input[:0], frozen, plan.listed, *rest).any()
 
 
 @interpreted

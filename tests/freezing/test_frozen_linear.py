@@ -169,7 +169,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 def test_direct_calls_with_wrong_tiles_do_not_reach_memory() -> None:
     for tiles in ([[0, 3]], [[-1, 0]], [[3, 0]]):
-        with pytest.raises(RuntimeError, match="tiles must lie inside the weight|index|out of"):
+        with pytest.raises(RuntimeError, match=r"tiles must lie inside the weight|index|out of"):
             torch.ops.tersor.frozen_linear_backward(
                 torch.zeros(5, 9), torch.zeros(5, 7), None, torch.tensor(tiles, dtype=torch.int32), *TILE
             )

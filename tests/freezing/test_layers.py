@@ -1,23 +1,19 @@
-"""Layers that freeze their weights: formulas, bounds, training, plans, resuming, copies, compilation."""
+"""Layers that freeze their weights: formulas, bounds, training, what a plan leaves out."""
 
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
-import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lts_network import SCHEDULE, batches, lts_layers, network, optimizers, step, trained
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tersor.freezing import (
     FreezeSchedule,
-    FrozenSGD,
     LtsConv2d,
     LtsLinear,
     LtsWeight,
@@ -30,68 +26,6 @@ from tersor.freezing import (
     unpack_mask,
 )
 from tersor.quantization import fake_quantize_bounds
-
-SCHEDULE = FreezeSchedule(2, 7, 1, momentum=0.9)  # the first weight freezes in step 3, the third of the second epoch
-BOUNDS = (".lower", ".upper")
-
-
-def network(bits: int = 2, schedule: FreezeSchedule | None = SCHEDULE, **options: Any) -> nn.Sequential:
-    """For ``(N, 3, 5, 5)`` images and 4 classes."""
-    torch.manual_seed(0)
-    options |= {"bits": bits, "schedule": schedule}
-    return nn.Sequential(
-        LtsConv2d(3, 8, 3, padding=1, bias=False, **options),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        LtsConv2d(8, 8, 3, stride=2, padding=1, groups=2, **options),
-        nn.ReLU(),
-        nn.Flatten(),
-        LtsLinear(8 * 9, 4, **options),
-    )
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, 6, 3, 5, 5, generator=generator)
-    return list(zip(images, torch.randint(0, 4, (count, 6), generator=generator), strict=True))
-
-
-def optimizers(model: nn.Module, frozen: bool = False) -> list[torch.optim.Optimizer]:
-    """SGD for the weights, with powers of two, of which a product is exact in any order; Adam for the bounds."""
-    named = dict(model.named_parameters())
-    others = [p for name, p in named.items() if not name.endswith(BOUNDS)]
-    kind, options = (FrozenSGD, {"masks": frozen_weights(model)}) if frozen else (torch.optim.SGD, {})
-    sgd = kind(others, lr=2**-5, momentum=0.5, weight_decay=2**-10, **options)
-    return [sgd, torch.optim.Adam([p for name, p in named.items() if name.endswith(BOUNDS)], 1e-3)]
-
-
-def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], batch: tuple[Tensor, Tensor]) -> Tensor:
-    output = model(batch[0])
-    model.zero_grad()
-    F.cross_entropy(output, batch[1]).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return output.detach()
-
-
-def trained(steps: int, **options: Any) -> nn.Sequential:
-    model = network(**options)
-    initialize_(model, batches(1)[0][0])
-    chosen = optimizers(model, frozen=options.get("saved") is False)
-    for batch in batches(steps):
-        step(model, chosen, batch)
-    return model
-
-
-def lts_layers(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, (LtsConv2d, LtsLinear))]
-
-
-def assert_same_state(a: nn.Module, b: nn.Module) -> None:
-    first, second = a.state_dict(), b.state_dict()
-    assert list(first) == list(second)
-    assert not [name for name in first if not torch.equal(first[name], second[name])]
-
 
 # What the layers compute
 
@@ -319,7 +253,11 @@ def test_plans_give_the_dense_masked_gradient(granularity: str, found: set[str],
         expected = step(dense, [], batch)
         assert torch.equal(step(model, chosen, batch), expected)
         for layer, other in zip(lts_layers(model), lts_layers(dense), strict=True):
-            torch.testing.assert_close(layer.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-6)
+            if layer.plan is not None and layer.plan.level == "layer":
+                assert layer.weight.grad is None
+                assert not other.weight.grad.any()
+            else:
+                torch.testing.assert_close(layer.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-6)
             for name in ("lower", "upper"):  # of the input: a plan leaves out nothing of these
                 ours, theirs = (getattr(m.quantize_input, name).grad for m in (layer, other))
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -380,186 +318,6 @@ def test_frozen_layer_keeps_no_input(layer: Any, shape: tuple[int, ...]) -> None
     steps = int(layer.quantize_weight.counters[0])
     layer.zero_grad()
     layer(input).sum().backward()
-    assert not any(p.grad.any() for p in (layer.weight, *layer.quantize_weight.parameters()))
+    assert all(p.grad is None for p in (layer.weight, *layer.quantize_weight.parameters()))
     assert all(p.grad.any() for p in (layer.bias, *layer.quantize_input.parameters()))
     assert int(layer.quantize_weight.counters[0]) == steps, "nothing is left to be counted for"
-
-
-# Resuming, copies
-
-
-def through_torch(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def through_safetensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    torch_format = pytest.importorskip("safetensors.torch")
-    return torch_format.load(torch_format.save(state))
-
-
-@pytest.mark.parametrize("steps", [None, 0, 2, 9])
-@pytest.mark.parametrize("through", [through_torch, through_safetensors])
-@pytest.mark.parametrize("saved", [True, False])
-def test_resumed_run_goes_on_bit_for_bit(steps: int | None, through: Any, saved: bool) -> None:
-    """``None`` is before the initialisation."""
-    data = batches(14)
-
-    def start(model: nn.Module) -> None:
-        initialize_(model, data[0][0])
-
-    model, other = network(saved=saved, frozen_step=True), network(saved=saved, frozen_step=True)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(1)
-    chosen, others = optimizers(model, not saved), optimizers(other, not saved)
-    if steps is not None:
-        start(model)
-    for batch in data[: steps or 0]:
-        step(model, chosen, batch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        other.load_state_dict(through(model.state_dict()))
-    for ours, theirs in zip(others, chosen, strict=True):
-        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    if steps is None:
-        start(model)
-        start(other)
-    for batch in data[steps or 0 :]:
-        assert torch.equal(step(model, chosen, batch), step(other, others, batch))
-    assert_same_state(model, other)
-    assert frozen_ratio(model) > 0.5
-
-
-def test_other_schedule_at_resume_warns() -> None:
-    state = trained(5).state_dict()
-    other = network(schedule=FreezeSchedule(2, 8, 1, momentum=0.9))
-    with pytest.warns(
-        UserWarning, match=r"made with another FreezeSchedule than .*epochs=8.*: its step 4 goes on"
-    ) as seen:
-        other.load_state_dict(state)
-    assert len(seen) == 3, "one for each layer"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        network().load_state_dict(state)
-        network(schedule=None).load_state_dict(state)
-        other.load_state_dict(network(schedule=None).state_dict())
-        again = network(schedule=FreezeSchedule(2, 8, 1, momentum=0.9))
-        again.load_state_dict(other.state_dict())
-
-
-def copied(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("make", [copied, pickled])
-def test_copies_go_on_by_themselves(make: Any) -> None:
-    model = trained(9)
-    refresh_(model)
-    other = make(model)
-    chosen, others = optimizers(model), optimizers(other)
-    for batch in batches(4):
-        first = step(model, chosen, batch)
-        assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-        assert torch.equal(first, step(other, others, batch))
-    assert_same_state(model, other)
-
-
-# Parametrization
-
-
-def test_parametrization_of_any_layer() -> None:
-    torch.manual_seed(0)
-    plain, quantizer = nn.Conv1d(3, 4, 3), LtsConv2d(3, 4, (1, 3), bits=2, schedule=SCHEDULE)
-    with torch.no_grad():
-        quantizer.weight.copy_(plain.weight[:, :, None])
-    transform = LtsWeight(plain.weight, 2, SCHEDULE)
-    parametrize.register_parametrization(plain, "weight", transform, unsafe=True)
-    for module, input in ((plain, torch.randn(2, 3, 8)), (quantizer, torch.randn(2, 3, 1, 8))):
-        initialize_(module, input)
-    ((parameter, found),) = frozen_weights(plain)
-    assert (parameter, found) == (plain.parametrizations.weight.original, transform)
-    optimizer = torch.optim.SGD([parameter], 0.1)
-    for i in range(13):
-        gradient = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(i))
-        weight = plain.weight
-        expected = quantizer.quantize_weight(quantizer.weight)
-        assert torch.equal(weight, expected[:, :, 0])
-        optimizer.zero_grad()
-        weight.backward(gradient)
-        quantizer.zero_grad()
-        expected.backward(gradient[:, :, None])
-        optimizer.step()
-        with torch.no_grad():
-            quantizer.weight.sub_(0.1 * quantizer.weight.grad)
-    assert frozen_ratio(plain) == frozen_ratio(quantizer) > 0.5
-
-
-def test_parametrized_weight_counts_each_reading_as_a_step() -> None:
-    layer = nn.Linear(3, 2)
-    transform = LtsWeight(layer.weight, 4, SCHEDULE, saved=False)
-    parametrize.register_parametrization(layer, "weight", transform, unsafe=True)
-    input = torch.randn(5, 3)
-    initialize_(layer, input)
-    with parametrize.cached():
-        layer(input)
-        layer(input)
-    assert int(transform.counters[0]) == 0
-    layer(input)
-    assert int(transform.counters[0]) == 1
-    layer.eval()
-    layer(input)
-    assert int(transform.counters[0]) == 1
-    state = layer.state_dict()
-    other = nn.Linear(3, 2)
-    parametrize.register_parametrization(
-        other, "weight", LtsWeight(other.weight, 4, SCHEDULE, saved=False), unsafe=True
-    )
-    other.load_state_dict(state)
-    assert torch.equal(other.eval()(input), layer(input))
-
-
-# Transforms of torch
-
-
-def test_compiled_training_is_the_eager_one() -> None:
-    model, other = network(), network()
-    data = batches(6)
-    for each in (model, other):
-        initialize_(each, data[0][0])
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    chosen, others = optimizers(model), optimizers(other)
-    for batch in data:
-        assert torch.equal(step(model, chosen, batch), step(compiled, others, batch))
-        assert_same_state(model, other)
-    assert frozen_ratio(other) > 0
-    with torch.no_grad():
-        assert torch.equal(compiled(data[0][0]), model(data[0][0]))
-        assert torch.equal(compiled.eval()(data[1][0]), model.eval()(data[1][0]))
-    assert_same_state(model, other)
-
-
-def test_exported_evaluation() -> None:
-    model, image = trained(9).eval(), batches(1)[0][0]
-    exported = torch.export.export(model, (image,))
-    assert torch.equal(exported.module()(image), model(image))
-
-
-def test_autocast_and_float64() -> None:
-    model, batch = trained(6), batches(1)[0]
-    refresh_(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(batch[0])
-    assert output.dtype == torch.bfloat16
-    model.zero_grad()
-    output.float().sum().backward()
-    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    double = network().double()
-    assert initialize_(double, batch[0].double()).dtype == torch.float64
-    step(double, optimizers(double), (batch[0].double(), batch[1]))

@@ -27,7 +27,7 @@ def test_bit_order() -> None:
 
 
 def test_masks_of_the_wrong_kind() -> None:
-    with pytest.raises(TypeError, match="mask must be a bool tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch\.float32"):
         pack_mask(torch.zeros(3))
     with pytest.raises(TypeError, match="frozen must be a uint8 tensor"):
         unpack_mask(torch.zeros(3), (3,))
@@ -97,8 +97,8 @@ def test_tiles_are_chosen_where_a_kernel_computes_them() -> None:
     if tersor._backends.running("frozen_linear_backward", "cpu") == "native":
         plan = freeze_plan(frozen, (64, 48), tile=(16, 16))
         assert (plan.level, plan.work, plan.tile) == ("tiles", 0.5, (16, 16))
-        assert plan.index is not None
-        assert plan.index.tolist() == [[r, c] for r in range(4) for c in range(3) if (r + c) % 2]
+        assert plan.listed is not None
+        assert plan.listed.tolist() == [[r, c] for r in range(4) for c in range(3) if (r + c) % 2]
 
 
 def test_the_last_tiles_are_smaller() -> None:

@@ -55,7 +55,7 @@ def test_every_size_and_non_finite_values(shape: tuple[int, ...], dtype: torch.d
 
 
 def test_bad_input() -> None:
-    with pytest.raises(TypeError, match="frozen must be a uint8 tensor as pack_mask returns it, got torch.bool"):
+    with pytest.raises(TypeError, match=r"frozen must be a uint8 tensor as pack_mask returns it, got torch\.bool"):
         zero_frozen(torch.zeros(9), torch.zeros(9, dtype=torch.bool))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"frozen must have shape \(2,\), one bit for each element.*got \(3,\)"):
         zero_frozen(torch.zeros(9), torch.zeros(3, dtype=torch.uint8))
