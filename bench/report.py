@@ -1,4 +1,4 @@
-"""From measurements to what a person reads: ``results.json``, ``table.md``, ``roofline.png`` and ``speedup.png``.
+"""From measurements to what a person reads: ``results.json``, ``table.md`` and the plots of ``support/plots.py``.
 
 ``python bench/report.py FOLDER...`` writes table and plots anew from the ``results.json`` in each folder;
 ``python bench/report.py --readme`` writes the README's table from all committed results, ``--check`` only compares.

@@ -29,6 +29,7 @@ from tersor.quantization import (
     percentile_bounds,
     weight_fake_quantize,
 )
+from tersor.sparsity import NMConv2d, NMLinear, NMSchedule, nm_conv2d, nm_linear, nm_sparsify, srste_sparsify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,9 @@ __all__ = [
     "FrozenSGD",
     "LtsConv2d",
     "LtsLinear",
+    "NMConv2d",
+    "NMLinear",
+    "NMSchedule",
     "QuantizedConv2d",
     "QuantizedLinear",
     "WeightFakeQuantize",
@@ -56,7 +60,11 @@ __all__ = [
     "frozen_conv2d",
     "frozen_linear",
     "lts_quantize",
+    "nm_conv2d",
+    "nm_linear",
+    "nm_sparsify",
     "percentile_bounds",
+    "srste_sparsify",
     "use_backend",
     "weight_fake_quantize",
 ]

@@ -80,7 +80,7 @@ def operator(
 
     def call_autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            if schema.endswith("-> ()"):
+            if derivative is None and "!" in schema:
                 raise RuntimeError(f"{qualified} changes its arguments in place: call it under torch.no_grad()")
             return derivative(*args) if derivative else _OnceDifferentiable.apply(name, *args)
         with torch._C._AutoDispatchBelowAutograd():

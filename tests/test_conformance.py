@@ -110,10 +110,10 @@ def test_autocast(subject: Subject, run: tuple[str, str]) -> None:
     device = run[0]
     half = torch.float16 if run == ("cpu", "triton") else torch.bfloat16
     tensors = subject.make(torch.float32, device)
-    if subject.quantizer:
+    if subject.quantizer or not subject.autocast:
         with torch.autocast(device, half):
             assert torch.equal(subject(*tensors), subject(*clones(tensors)))
-            assert subject(*tensors).dtype == torch.float32, "rounded in float32, whatever autocast says"
+            assert subject(*tensors).dtype == torch.float32, "computed in float32, whatever autocast says"
         return
     with torch.autocast(device, half):
         output = subject(*tensors)
@@ -230,7 +230,7 @@ def test_direct_call_has_its_gradient(subject: Subject, run: tuple[str, str]) ->
     for name in subject.operators:
         arguments = subject.raw(name, subject.sizes[0], torch.float32, run[0])
         tensors = [a.requires_grad_() for a in arguments if is_floating(a)]
-        if REGISTRY[name].schema.endswith("-> ()"):
+        if REGISTRY[name].derivative is None and "!" in REGISTRY[name].schema:
             with pytest.raises(RuntimeError, match="changes its arguments in place"):
                 REGISTRY[name].overload(*arguments)
             continue
@@ -360,7 +360,7 @@ def _compare_with_reference(subject: Subject, tensors: tuple[torch.Tensor, ...])
         except ValueError:
             expected = None
     if expected is None:
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(ValueError, match=r"finite|NaN"):
             subject(*tensors)
         return
     given = gradients(subject, clones(tensors))

@@ -8,14 +8,14 @@ from frozen_step import SMALL, sizes
 from harness import benchmark
 from suite import Implementation, Suite
 
-import tersor
+from tersor.freezing import pack_mask, zero_frozen
 
 
 def make_inputs(size, dtype, device, generator):
     granularity, share, shape = size
     gradient = torch.randn(*shape, generator=generator)
     mask = frozen_mask(shape, granularity, share, generator)
-    masks = tersor.pack_mask(mask), mask, (~mask).to(dtype)
+    masks = pack_mask(mask), mask, (~mask).to(dtype)
     return gradient.to(device, dtype), *(each.to(device) for each in masks)
 
 
@@ -28,7 +28,7 @@ def traffic(size, element_bytes, direction):
 
 
 def ours(size):
-    return lambda gradient, packed, mask, free: tersor.zero_frozen(gradient, packed)
+    return lambda gradient, packed, mask, free: zero_frozen(gradient, packed)
 
 
 def where(size):

@@ -1,4 +1,5 @@
-"""The two plots of a results folder: where each measurement lies under the machine's limits, and the speed-ups."""
+"""The plots of a results folder: the speed-ups, where each measurement lies under the machine's limits, and from which
+frozen share on a weight gradient is faster than the dense one."""
 
 from __future__ import annotations
 
@@ -26,9 +27,18 @@ _COLOURS = {
     "natten": "#937860",
     "natten_raw": "#b8a48f",
     "reference": "#9a9a9a",
+    "fused": "#6b4c9a",
+    "where": "#b5a642",
 }
 _SPARE = ["#da8bc3", "#64b5cd", "#5a5a2a", "#2a5a5a"]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+# Operators whose groups are named by what is frozen and its share in per cent; they have a plot of their own.
+_CURVES = ("frozen_linear", "frozen_conv2d")
+_GRANULARITIES = {
+    "tile": ("tiles of 64 x 64 channels", "#0b5cad", "o"),
+    "channel": ("output channels", "#1f9e89", "s"),
+    "element": ("single weights", "#c44e52", "^"),
+}
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -46,7 +56,8 @@ def draw(results: dict[str, Any], folder: Path) -> list[str]:
     """Writes what the results allow; the names of the files."""
     drawn = []
     with plt.rc_context(_STYLE):
-        for name, plot in (("speedup.png", _speedup), ("roofline.png", _roofline)):
+        plots = {"speedup.png": _speedup, "roofline.png": _roofline, "crossover.png": _crossover}
+        for name, plot in plots.items():
             (folder / name).unlink(missing_ok=True)
             if figure := plot(results):
                 # Without the software's version in it, the file changes only where the picture does.
@@ -77,7 +88,7 @@ def _speedup(results: dict[str, Any]) -> Any:
     for name, group in results["groups"].items():
         rivals = [m for m in results["measurements"] if m["group"] == name and not m["ours"] and "times_tersor" in m]
         rivals = [m for m in rivals if m["times_tersor"]]
-        if rivals and group["operator"] != "dispatch":
+        if rivals and group["operator"] not in ("dispatch", *_CURVES):
             chosen[name] = sorted(rivals, key=lambda m: m["times_tersor"])
     if not chosen:
         return None
@@ -174,6 +185,42 @@ def _roof(
         axes.axhline(rate / 1e9, color="#999999", linewidth=1, linestyle=":")
         label = f"matrix product, {dtype}: {rate / 1e9:,.0f} GFLOP/s"
         axes.annotate(label, (high, rate / 1e9), xytext=(-4, 3), textcoords="offset points", ha="right", size=8)
+
+
+def _crossover(results: dict[str, Any]) -> Any:
+    """Time relative to the dense gradient's over the frozen share: a line per granularity, a panel per operator."""
+    curves = {operator: _curves(results, operator) for operator in _CURVES}
+    curves = {operator: lines for operator, lines in curves.items() if lines}
+    if not curves:
+        return None
+    figure, panels = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 4.2), sharey=True, squeeze=False)
+    for axes, (operator, lines) in zip(panels[0], curves.items(), strict=True):
+        axes.axhline(1, color="#444444", linewidth=1.3, label="dense: all is computed")
+        axes.plot([0, 100], [1, 0], ":", color="#999999", linewidth=1.3, label="in proportion to what is free")
+        for granularity, points in lines.items():
+            label, colour, marker = _GRANULARITIES[granularity]
+            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=f"tersor, {label} frozen")
+        axes.set_xticks(range(0, 101, 25))
+        axes.set_ylim(bottom=0)
+        axes.grid()
+        axes.set_xlabel(f"{operator}: frozen weights in per cent")
+    panels[0][0].set_ylabel("time of the weight gradient, dense = 1")
+    panels[0][0].set_title(f"Weight gradient with frozen weights\n{_place(results)}", size=11)
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _curves(results: dict[str, Any], operator: str) -> dict[str, list[tuple[int, float]]]:
+    """Per granularity the shares and the times relative to dense; nothing and all frozen are points of every line."""
+    medians = {(m["group"], m["impl"]): m["median"] for m in results["measurements"]}
+    points: dict[str, dict[int, float]] = {}
+    for name, group in results["groups"].items():
+        own, dense = medians.get((name, "tersor")), medians.get((name, "dense"))
+        if group["operator"] == operator and own and dense:
+            kind, share = group["size"].rsplit("_", 1)
+            points.setdefault(kind, {})[int(share)] = own / dense
+    ends = points.get("none", {}) | points.get("layer", {})
+    return {kind: sorted((ends | points[kind]).items()) for kind in _GRANULARITIES if kind in points}
 
 
 def _place(results: dict[str, Any]) -> str:

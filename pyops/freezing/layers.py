@@ -205,7 +205,7 @@ class _Lts:
         self.quantize_input = UnitActivation(bits)
         self.quantize_input.to(self.weight.device, self.quantize_weight.distance.dtype)
         self.plan: FreezePlan | None = None
-        nn.Module.register_load_state_dict_post_hook(self, _forget_plan)
+        nn.Module.register_load_state_dict_post_hook(self, _forget_plan)  # type: ignore[arg-type]
 
     def refresh_plan(self) -> FreezePlan:
         """Looks at the mask and skips from now on what is frozen, see :func:`refresh_`."""

@@ -39,6 +39,7 @@ class Subject:
         name: in the tests' names, where one function has several subjects.
         alike: all tensors have the same shape, and the function says so of others.
         in_forward: its first operator runs in the forward pass, not in the backward pass only.
+        autocast: under autocast it works in that dtype, else in its tensors'.
         surrogate: its gradient is not its derivative; that of ``exact`` is meant.
         changes: what it changes in place has to be mapped under vmap, whatever else is.
         inner: no user calls it; the class of this package that does has checked the arguments.
@@ -59,6 +60,7 @@ class Subject:
     name: str = ""
     alike: bool = True
     in_forward: bool = True
+    autocast: bool = True
     surrogate: bool = False
     changes: bool = False
     inner: bool = False

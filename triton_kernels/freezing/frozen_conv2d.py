@@ -141,18 +141,16 @@ def frozen_conv2d_backward(
         given = f"shapes {tuple(grad_output.shape)} and {tuple(input.shape)}"
         raise ValueError(f"{name}: grad_output and input must be (N, O, H', W') and (N, C, H, W), got {given}")
     height, width = input.shape[2:]
+    batch, outputs, *out = grad_output.shape
     windows = zip((height, width), kernel_size, stride, padding, dilation, strict=True)
-    expected = (input.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in windows))
-    if (grad_output.shape[0], *grad_output.shape[2:]) != expected:
-        given = (grad_output.shape[0], *grad_output.shape[2:])
-        raise ValueError(f"{name}: grad_output must have N, H' and W' {expected}, got {given}")
-    grad_weight = torch.zeros(
-        (grad_output.shape[1], input.shape[1], *kernel_size), dtype=input.dtype, device=input.device
-    )
-    out_pixels, out_width = grad_output.shape[2] * grad_output.shape[3], grad_output.shape[3]
-    window = height, width, out_pixels, out_width, kernel_size[1], *stride, *padding, *dilation
-    rows = [t.permute(0, 2, 3, 1).contiguous().view(-1, t.shape[1]) for t in (grad_output, input)]
-    compute(name, *rows, frozen, tiles, (tile_rows, tile_columns), grad_weight, window)
+    expected = [input.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in windows)]
+    if [batch, *out] != expected:
+        raise ValueError(f"{name}: grad_output must have N, H' and W' {expected}, got {[batch, *out]}")
+    shape = outputs, input.shape[1], *kernel_size
+    grad_weight = torch.zeros(shape, dtype=input.dtype, device=input.device)
+    window = height, width, out[0] * out[1], out[1], kernel_size[1], *stride, *padding, *dilation
+    g, x = (t.permute(0, 2, 3, 1).contiguous().view(-1, t.shape[1]) for t in (grad_output, input))
+    compute(name, g, x, frozen, tiles, (tile_rows, tile_columns), grad_weight, window)
     return grad_weight
 
 
@@ -223,18 +221,15 @@ def _constants(outputs: int, inputs: int, tile: tuple[int, int], itemsize: int) 
 def ahead_of_time_cases() -> Iterator[Case]:
     """What the ahead-of-time test compiles."""
     for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
-        for size in (16, 64):
+        kinds = dict.fromkeys(("grad_output", "input", "grad_weight"), f"*{name}:16")
+        kinds |= {"tiles": "*i64:16", "partials": "*fp32:16"}
+        labels = {"window": (True, False), "linear": (False, False), "window in parts": (True, True)}
+        for size, label in ((16, "window"), *((64, label) for label in labels)):
             constants, block_p = _constants(512, 512, (size, size), itemsize)
-            kinds = dict.fromkeys(("grad_output", "input", "grad_weight"), f"*{name}:16")
-            kinds |= {"tiles": "*i64:16", "partials": "*fp32:16"}
-            for label, own in (
-                ("window", (True, False)),
-                ("linear", (False, False)),
-                ("window in parts", (True, True)),
-            ):
-                fixed = constants | {"WINDOW": own[0], "PARTIAL": own[1], "BLOCK_P": block_p}
-                kinds["target"] = "*fp32:16" if own[1] else f"*{name}:16"
-                signature = {a: kinds.get(a, "i32") for a in _product_kernel.arg_names if a not in fixed}
-                yield _product_kernel, f"{label} {size} {name}", signature, fixed, OPTIONS
-            signature = {a: kinds.get(a, "i32") for a in _sum_kernel.arg_names if a not in constants}
-            yield _sum_kernel, f"{size} {name}", signature, constants, OPTIONS
+            window, partial = labels[label]
+            fixed = constants | {"WINDOW": window, "PARTIAL": partial, "BLOCK_P": block_p}
+            own = kinds | {"target": "*fp32:16" if partial else f"*{name}:16"}
+            signature = {a: own.get(a, "i32") for a in _product_kernel.arg_names if a not in fixed}
+            yield _product_kernel, f"{label} {size} {name}", signature, fixed, OPTIONS
+        signature = {a: kinds.get(a, "i32") for a in _sum_kernel.arg_names if a not in constants}
+        yield _sum_kernel, name, signature, constants, OPTIONS

@@ -1,0 +1,162 @@
+"""Layers that learn which combination of every group to keep (LBC), and the parametrization of SR-STE."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor.sparsity.nm_pattern import check_groups, check_pattern, nm_combinations
+from tersor.sparsity.nm_remove import nm_remove_
+from tersor.sparsity.nm_schedule import nm_schedule
+from tersor.sparsity.nm_sparsify import nm_sparsify
+from tersor.sparsity.srste_sparsify import srste_sparsify
+
+
+class _Nm:
+    """What the layers add to torch's: scores and table, under their published names."""
+
+    weight: Tensor
+
+    def _configure(self, n: int, m: int) -> None:
+        name = type(self).__name__
+        self.n, self.m = check_pattern(name, n, m)
+        groups, combinations = check_groups(name, self.weight.shape, self.m), math.comb(self.m, self.n)
+        start = 1 / math.comb(self.m - 1, self.n - 1)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.alpha = nn.Parameter(torch.full((groups, combinations), start, dtype=dtype, device=self.weight.device))
+        table = nm_combinations(self.n, self.m).to(self.weight.device)
+        nn.Module.register_buffer(self, "index_list", table)  # type: ignore[arg-type]
+        self._mask: tuple[Tensor, int] | None = None
+
+    def remove_(self, k: int) -> None:
+        """Removes the k lowest scores of each group, see :func:`nm_remove_`; the next forward pass uses its mask."""
+        mask = nm_remove_(self.alpha, k, self.n, self.m)
+        self._mask = mask, self.alpha._version
+
+    def sparse_weight(self) -> Tensor:
+        """The weight with its removed positions set to zero."""
+        mask = None
+        if not torch.compiler.is_compiling() and self._mask is not None:
+            if self._mask[1] == self.alpha._version and self._mask[0].device == self.alpha.device:
+                mask = self._mask[0]
+            else:
+                self._mask = None  # the scores have changed since
+        return nm_sparsify(self.weight, self.alpha, self.n, self.m, mask)
+
+
+class NMLinear(_Nm, nn.Linear):
+    """``torch.nn.Linear`` of which n in every m consecutive weights are kept, chosen by learned scores.
+
+    Args:
+        *args, **kwargs: as for ``torch.nn.Linear``.
+        n, m: 1 <= n < m <= 16; m divides the number of weights.
+
+    Source: Zhang et al., arXiv 2206.06662.
+    """
+
+    def __init__(self, *args: Any, n: int = 2, m: int = 4, **kwargs: Any) -> None:
+        nn.Linear.__init__(self, *args, **kwargs)
+        self._configure(n, m)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.sparse_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.n}:{self.m}"
+
+
+class NMConv2d(_Nm, nn.Conv2d):
+    """``torch.nn.Conv2d`` of which n in every m consecutive weights are kept; see :class:`NMLinear`.
+
+    The groups run along the input channels of one kernel position; where m does not divide these, on into the next
+    position and the next output channel.
+
+    Args:
+        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        n, m: 1 <= n < m <= 16; m divides the number of weights.
+    """
+
+    def __init__(self, *args: Any, n: int = 2, m: int = 4, **kwargs: Any) -> None:
+        nn.Conv2d.__init__(self, *args, **kwargs)
+        self._configure(n, m)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.sparse_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.n}:{self.m}"
+
+
+class SrSte(nn.Module):
+    """Parametrization of a weight by :func:`srste_sparsify`, for ``torch.nn.utils.parametrize``.
+
+    Args:
+        n, m: 1 <= n < m <= 16.
+        decay: of the elements that are zero.
+    """
+
+    def __init__(self, n: int = 2, m: int = 4, decay: float = 2e-4) -> None:
+        super().__init__()
+        self.n, self.m = check_pattern("SrSte", n, m)
+        self.decay = float(decay)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return srste_sparsify(weight, self.n, self.m, self.decay)
+
+    def extra_repr(self) -> str:
+        return f"{self.n}:{self.m}, decay={self.decay}"
+
+
+class NMSchedule:
+    r"""Takes the layers of a model to one combination a group over a training run.
+
+    ::
+
+        schedule = NMSchedule(model, final_epoch=60)
+        for epoch in range(120):
+            schedule.start_epoch(epoch)
+            for images, labels in loader:
+                schedule.step()  # before the forward pass
+                ...
+        schedule.finish()
+
+    Args:
+        model: with :class:`NMLinear` or :class:`NMConv2d` layers.
+        final_epoch: from which on one combination is left, see :func:`nm_schedule`.
+        power: of the schedule; 3 for the published ResNets, 4 for DeiT.
+        freeze: from ``final_epoch`` on the scores get no gradient, as in the published ResNets (not in DeiT). Their
+            gradients are dropped, so that an optimiser leaves them alone.
+
+    Raises:
+        TypeError, ValueError: ``model`` has no such layer, or an option is not as stated.
+    """
+
+    def __init__(self, model: nn.Module, final_epoch: int, power: int = 3, freeze: bool = True) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, (NMLinear, NMConv2d))]
+        if not self.layers:
+            raise ValueError(f"NMSchedule: model must hold N:M layers, got {type(model).__name__} without one")
+        nm_schedule(0, 2, final_epoch, power)  # which checks both
+        self.final_epoch, self.power, self.freeze = final_epoch, power, freeze
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Sets how many scores the steps of this epoch remove."""
+        self.removed = [nm_schedule(epoch, m.alpha.shape[1], self.final_epoch, self.power) for m in self.layers]
+        if self.freeze and epoch >= self.final_epoch:
+            for layer in self.layers:
+                layer.alpha.requires_grad_(False)
+                layer.alpha.grad = None
+
+    def step(self) -> None:
+        """Removes; before the forward pass of every training iteration."""
+        for layer, k in zip(self.layers, self.removed, strict=True):
+            layer.remove_(k)
+
+    def finish(self) -> None:
+        """The last removal: one combination a group, which is what is evaluated and packed."""
+        for layer in self.layers:
+            layer.remove_(layer.alpha.shape[1] - 1)

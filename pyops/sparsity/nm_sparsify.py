@@ -1,0 +1,141 @@
+"""A weight with its removed positions set to zero, and the gradient of the scores that decide which (LBC)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor._checks import check_floating
+from tersor._operator import call_function, operator
+from tersor.freezing.mask import check_mask, pack_mask, unpack_mask
+from tersor.quantization._quantizer import exact_dtype
+from tersor.sparsity.nm_pattern import _combinations, check_groups, check_pattern, from_groups, to_groups
+
+
+def nm_sparsify(weight: Tensor, scores: Tensor, n: int, m: int, mask: Tensor | None = None) -> Tensor:
+    r"""The weight where a combination that keeps the position is alive, else zero; the scores learn.
+
+    In each group of m consecutive elements (in the order output channel, kernel row, kernel column, input channel)
+    every one of the C = binom(m, n) ways to keep n of them has a score, alive unless exactly zero. With B the 0/1 table
+    of :func:`nm_combinations` and W, g the weight and the incoming gradient in groups:
+
+        mask[p] = any of B[j, p] over alive j,   output = mask W,   grad_weight = mask g,
+        grad_scores[j] = sum over p of B[j, p] W[p] g[p] for alive j, else 0.
+
+    Args:
+        weight: ``(O, I)`` or ``(O, I, KH, KW)``, elements a multiple of m; float16, bfloat16, float32 or float64.
+        scores: ``(elements / m, C)``, float32 (float64 for a float64 weight).
+        n, m: 1 <= n < m <= 16, at most 4096 combinations.
+        mask: what :func:`nm_remove_` returned for these scores, which then are not read in the forward pass.
+
+    Returns:
+        The shape, dtype and strides of ``weight``. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+
+    Source: Zhang et al., "Learning Best Combination for Efficient N:M Sparsity", arXiv 2206.06662.
+    """
+    name = "nm_sparsify"
+    n, m = check_pattern(name, n, m)
+    check_floating(name, weight=weight)
+    check_scores(name, scores, check_groups(name, weight.shape, m), n, m, weight)
+    if mask is not None:
+        check_mask(name, mask, weight.shape, weight.device)
+    return call_function(_NmSparsify, weight, scores, mask, n, m)[0]
+
+
+def check_scores(where: str, scores: Any, groups: int | None, n: int, m: int, weight: Tensor | None = None) -> None:
+    check_floating(where, scores=scores)
+    combinations = math.comb(m, n)
+    expected = ("G" if groups is None else groups, combinations)
+    if scores.dim() != 2 or scores.shape[1] != combinations or (groups is not None and scores.shape[0] != groups):
+        raise ValueError(f"{where}: scores must have shape ({expected[0]}, {combinations}), got {tuple(scores.shape)}")
+    if weight is not None:
+        if scores.dtype != exact_dtype(weight.dtype):
+            raise TypeError(f"{where}: scores must be {exact_dtype(weight.dtype)}, got {scores.dtype}")
+        if scores.device != weight.device:
+            raise ValueError(f"{where}: scores must be on the device of weight {weight.device}, got {scores.device}")
+
+
+def alive_mask(scores: Tensor, n: int, m: int) -> Tensor:
+    """``(G, m)`` bool: which positions an alive combination keeps."""
+    return (scores != 0).to(torch.float32) @ _combinations(n, m).to(scores.device) > 0
+
+
+def _reference(weight: Tensor, scores: Tensor, mask: Tensor | None, n: int, m: int) -> tuple[Tensor, Tensor]:
+    groups = to_groups(weight, m)
+    kept = alive_mask(scores, n, m) if mask is None else unpack_mask(mask, groups.shape)
+    output = torch.empty_like(weight).copy_(from_groups(torch.where(kept, groups, 0), weight.shape))
+    return output, pack_mask(kept)
+
+
+def _reference_backward(
+    grad_output: Tensor, weight: Tensor, scores: Tensor, mask: Tensor, n: int, m: int
+) -> tuple[Tensor, Tensor]:
+    grad, groups = to_groups(grad_output, m), to_groups(weight, m)
+    kept = unpack_mask(mask, groups.shape)
+    grad_weight = torch.empty_like(weight).copy_(from_groups(torch.where(kept, grad, 0), weight.shape))
+    products = grad.to(scores.dtype) * groups.to(scores.dtype)
+    table = _combinations(n, m).to(scores)
+    return grad_weight, torch.where(scores != 0, products @ table.t(), 0)
+
+
+def _fake(weight: Tensor, scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), weight.new_empty(((weight.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+def _fake_backward(grad_output: Tensor, weight: Tensor, scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), scores.new_empty(scores.shape)
+
+
+def _unbound(info: Any, in_dims: Any, args: Any) -> Any:
+    mapped = [[a] * info.batch_size if d is None else a.unbind(d) for a, d in zip(args, in_dims, strict=True)]
+    return zip(*mapped, strict=True)
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    results = [_NmSparsify.apply(*each) for each in _unbound(info, in_dims, args)]
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0)
+
+
+def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    results = [_backward.overload(*each) for each in _unbound(info, in_dims, args)]
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0)
+
+
+class _NmSparsify(torch.autograd.Function):
+    @staticmethod
+    def forward(weight, scores, mask, n, m):
+        return _forward(weight, scores, mask, n, m)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, scores, _, *ctx.pattern = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(weight, scores, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        return *_backward(grad_output, *ctx.saved_tensors, *ctx.pattern), None, None, None
+
+    vmap = staticmethod(_vmap)
+
+
+_forward = operator(
+    "nm_sparsify_forward(Tensor weight, Tensor scores, Tensor? mask, int n, int m) -> (Tensor output, Tensor mask)",
+    reference=_reference,
+    fake=_fake,
+    vmap=_vmap,
+    derivative=_NmSparsify.apply,
+)
+_backward = operator(
+    "nm_sparsify_backward(Tensor grad_output, Tensor weight, Tensor scores, Tensor mask, int n, int m)"
+    " -> (Tensor grad_weight, Tensor grad_scores)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    vmap=_vmap_backward,
+)
