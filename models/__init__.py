@@ -10,6 +10,7 @@ import sys
 from tersor.models._classification import load_by_position
 from tersor.models._super_resolution import attention_transfer, load_full_precision
 from tersor.models._timm import register_timm
+from tersor.models.deit import DeiT, deit_small, deit_small_nm, deit_tiny, deit_tiny_nm
 from tersor.models.dilateformer import (
     DilateFormer,
     dilateformer_base,
@@ -24,10 +25,12 @@ from tersor.models.rdn import RDN, rdn_a, rdn_b, rdn_tiny
 from tersor.models.resnet import (
     ResNet,
     resnet18,
+    resnet18_nm,
     resnet18_quant,
     resnet20,
     resnet20_quant,
     resnet50,
+    resnet50_nm,
     resnet50_quant,
 )
 from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
@@ -35,11 +38,16 @@ from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
 __all__ = [
     "EDSR",
     "RDN",
+    "DeiT",
     "DilateFormer",
     "MobileNet",
     "ResNet",
     "SRResNet",
     "attention_transfer",
+    "deit_small",
+    "deit_small_nm",
+    "deit_tiny",
+    "deit_tiny_nm",
     "dilateformer_base",
     "dilateformer_nano",
     "dilateformer_small",
@@ -58,10 +66,12 @@ __all__ = [
     "rdn_tiny",
     "register_timm",
     "resnet18",
+    "resnet18_nm",
     "resnet18_quant",
     "resnet20",
     "resnet20_quant",
     "resnet50",
+    "resnet50_nm",
     "resnet50_quant",
     "srresnet",
     "srresnet_tiny",

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Layer = Callable[..., nn.Module]  # what makes one, called like torch's own
 
 
 class DropPath(nn.Module):
@@ -43,13 +45,16 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear over the last dimension: ``(..., dim)`` to ``(..., dim)``."""
+    """Linear, exact GELU, linear over the last dimension: ``(..., dim)`` to ``(..., dim)``.
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    ``linear`` is called like ``torch.nn.Linear``.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, linear: Layer = nn.Linear) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = linear(hidden_dim, dim)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(input)))
@@ -63,19 +68,27 @@ class GlobalAttention(nn.Module):
         num_heads: heads.
         qkv_bias: whether the fused projection has a bias.
         qk_scale: factor on the scores; ``None`` or 0 means ``(dim // num_heads) ** -0.5``.
+        linear: called like ``torch.nn.Linear``, for both projections.
 
     Raises:
         ValueError: ``dim`` is not a positive multiple of ``num_heads``.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, qk_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        linear: Layer = nn.Linear,
+    ) -> None:
         super().__init__()
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"GlobalAttention: dim ({dim}) must be a positive multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
         self.scale = float(qk_scale or (dim // num_heads) ** -0.5)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = linear(dim, dim)
 
     def forward(self, input: Tensor) -> Tensor:
         batch, height, width, dim = input.shape

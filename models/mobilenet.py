@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tersor.freezing import FreezeSchedule
 from tersor.models._classification import check_images, init_convolution, lts_layers
 from tersor.models._super_resolution import check_sizes
-from tersor.models.resnet import Layer
+from tersor.models.layers import Layer
 
 
 class Stage(NamedTuple):

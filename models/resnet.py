@@ -7,7 +7,8 @@ ImageNet have torchvision's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from tersor.freezing import FreezeSchedule
 from tersor.models._classification import check_images, init_convolution, lts_layers
 from tersor.models._super_resolution import check_sizes
-
-Layer = Callable[..., nn.Module]
+from tersor.models.layers import Layer
+from tersor.sparsity import NMConv2d
 
 STEMS = ("cifar", "imagenet")
 
@@ -92,13 +93,15 @@ class ResNet(nn.Module):
     Args:
         block: :class:`BasicBlock`, :class:`Bottleneck` or a class that is made like them.
         depths: blocks of each stage; every stage after the first halves the map and doubles the channels.
-        width: channels of the first stage, without the block's expansion.
+        width: channels of the stem and, without the block's expansion, of the first stage.
         num_classes: size of the output.
         in_chans: channels of the image.
         stem: ``"cifar"``: a 3x3 convolution, and the mean over the last map; ``"imagenet"``: a 7x7 convolution of
             stride 2 and max pooling, and the mean over 7x7, for images of 224 x 224 (193 to 416 have such a map, of
             which it takes the upper left).
         conv, linear: called like ``torch.nn.Conv2d`` and ``torch.nn.Linear``, for all layers.
+        first: called like ``torch.nn.Conv2d`` for the stem's; None for ``conv``.
+        widths: channels of every stage, without the block's expansion; None doubles from ``width`` on.
         shortcut, classifier: names of these parts in the state dict.
 
     Shape:
@@ -119,6 +122,8 @@ class ResNet(nn.Module):
         stem: str = "imagenet",
         conv: Layer = nn.Conv2d,
         linear: Layer = nn.Linear,
+        first: Layer | None = None,
+        widths: Sequence[int] | None = None,
         shortcut: str = "downsample",
         classifier: str = "fc",
     ) -> None:
@@ -128,16 +133,19 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: stem must be one of {', '.join(STEMS)}, got {stem!r}")
         self.in_chans, self.stem, self.classifier_name = in_chans, stem, classifier
         window = {"stride": 1, "padding": 1} if stem == "cifar" else {"stride": 2, "padding": 3}
-        self.conv1 = conv(in_chans, width, 3 if stem == "cifar" else 7, bias=False, **window)
+        self.conv1 = (first or conv)(in_chans, width, 3 if stem == "cifar" else 7, bias=False, **window)
         self.bn1 = nn.BatchNorm2d(width)
         self.stages = [f"layer{i + 1}" for i in range(len(depths))]
+        widths = [width * 2**i for i in range(len(depths))] if widths is None else widths
+        if len(widths) != len(depths) or min(widths) < 1:
+            raise ValueError(f"ResNet: widths must be {len(depths)} sizes of at least 1, got {widths}")
         channels = width
         for i, (name, depth) in enumerate(zip(self.stages, depths, strict=True)):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(block(channels, width * 2**i, stride, conv=conv, shortcut=shortcut))
-                channels = width * 2**i * block.expansion
+                blocks.append(block(channels, widths[i], stride, conv=conv, shortcut=shortcut))
+                channels = widths[i] * block.expansion
             self.add_module(name, nn.Sequential(*blocks))
         self.add_module(classifier, linear(channels, num_classes))
         self.apply(init_convolution)
@@ -226,3 +234,16 @@ def resnet50_quant(
     """:func:`resnet50` quantised like :func:`resnet20_quant`; the classifier's published name is ``linear``."""
     layers = lts_layers(bits, schedule, saved, frozen_step)
     return resnet50(num_classes, width, in_chans, classifier="linear", **layers)
+
+
+def resnet18_nm(n: int = 2, m: int = 4, num_classes: int = 1000, in_chans: int = 3) -> ResNet:
+    """:func:`resnet18` with N:M sparse convolutions (:class:`tersor.NMConv2d`); stem and classifier stay dense.
+
+    The state dict has the published keys of LBC (arXiv 2206.06662).
+    """
+    return resnet18(num_classes, 64, in_chans, conv=partial(NMConv2d, n=n, m=m), first=nn.Conv2d)
+
+
+def resnet50_nm(n: int = 2, m: int = 4, num_classes: int = 1000, in_chans: int = 3) -> ResNet:
+    """:func:`resnet50` sparse like :func:`resnet18_nm`: 23.4 M of its 25.6 M parameters are in N:M layers."""
+    return resnet50(num_classes, 64, in_chans, conv=partial(NMConv2d, n=n, m=m), first=nn.Conv2d)

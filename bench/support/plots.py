@@ -201,10 +201,10 @@ def _crossover(results: dict[str, Any]) -> Any:
             label, colour, marker = _GRANULARITIES[granularity]
             axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=f"tersor, {label} frozen")
         axes.set_xticks(range(0, 101, 25))
-        axes.set_ylim(bottom=0)
         axes.grid()
         axes.set_xlabel(f"{operator}: frozen weights in per cent")
     panels[0][0].set_ylabel("time of the weight gradient, dense = 1")
+    panels[0][0].set_ylim(bottom=0)  # ends the automatic scaling of all panels, so after the last line
     panels[0][0].set_title(f"Weight gradient with frozen weights\n{_place(results)}", size=11)
     panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

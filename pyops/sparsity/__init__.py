@@ -6,6 +6,7 @@ from tersor.sparsity.nm_pattern import nm_combinations
 from tersor.sparsity.nm_remove import nm_remove_
 from tersor.sparsity.nm_schedule import nm_schedule
 from tersor.sparsity.nm_sparsify import nm_sparsify
+from tersor.sparsity.semi_structured import pack_semi_structured, unpack_semi_structured
 from tersor.sparsity.srste_sparsify import srste_sparsify
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "nm_remove_",
     "nm_schedule",
     "nm_sparsify",
+    "pack_semi_structured",
     "srste_conv2d",
     "srste_linear",
     "srste_sparsify",
+    "unpack_semi_structured",
 ]

@@ -38,7 +38,7 @@ def check_groups(where: str, shape: Sequence[int], m: int) -> int:
 @functools.cache
 def _combinations(n: int, m: int) -> Tensor:
     rows = [[int(p in kept) for p in range(m)] for kept in itertools.combinations(range(m), n)]
-    return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")  # whatever the default is
 
 
 def nm_combinations(n: int, m: int) -> Tensor:

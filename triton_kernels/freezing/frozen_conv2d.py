@@ -212,10 +212,12 @@ def compute(
 
 
 def _constants(outputs: int, inputs: int, tile: tuple[int, int], itemsize: int) -> tuple[dict[str, Any], int]:
-    """The kernels' constants, and the pixels of a step: 64 of half precision, or 16, for want of registers."""
+    """The kernels' constants, and the pixels of a step: 64 of half precision, fewer where addresses spill registers."""
     block = [min(max(triton.next_power_of_2(size), 16), BLOCK) for size in tile]
     vector = [math.gcd(16 // itemsize, *sizes) for sizes in zip((outputs, inputs), tile, strict=True)]
-    return {"VECTOR": tuple(vector), "BLOCK": tuple(block)}, 64 if itemsize == 2 else 16
+    narrow = min(vector)
+    block_p = 16 * min(narrow, 4) if itemsize == 2 else 16 if narrow == 4 else 8
+    return {"VECTOR": tuple(vector), "BLOCK": tuple(block)}, block_p
 
 
 def ahead_of_time_cases() -> Iterator[Case]:
