@@ -15,6 +15,18 @@ static void frozen_step(const Step& step, int64_t first, int64_t end) {
   for (int64_t group = first; group < end; group += GROUP) {
     const uint64_t word = load_bits(step.frozen, group, step.elements);
     if (word == ~uint64_t(0) && !step.first) continue;
+    if (word == 0 && end - group >= GROUP) {
+      for (int64_t at = group; at < group + GROUP; at += lanes) {
+        Vec<A> buffer[MOST_BUFFERS];
+        for (int i = 0; i < Rule::BUFFERS; ++i) {
+          buffer[i] = step.first ? Vec<A>{} : widen(static_cast<const T*>(step.buffer[i]) + at);
+        }
+        const Vec<A> g = widen(gradient + at);
+        narrow(parameter + at, rule.step(widen(parameter + at), step.negate ? -g : g, buffer));
+        for (int i = 0; i < Rule::BUFFERS; ++i) narrow(static_cast<T*>(step.buffer[i]) + at, buffer[i]);
+      }
+      continue;
+    }
     for (int64_t at = group; at < std::min(end, group + GROUP); at += lanes) {
       const uint32_t bits = static_cast<uint32_t>(word >> (at - group)) & every;
       if (bits == every && !step.first) continue;

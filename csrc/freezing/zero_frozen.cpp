@@ -11,19 +11,39 @@ namespace {
 
 using torch::stable::Tensor;
 
+// For every byte of a mask eight words, all ones where a bit is 0.
+template <class Word>
+struct Free {
+  alignas(64) Word of[256][8];
+
+  Free() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0; bit < 8; ++bit) of[byte][bit] = byte >> bit & 1 ? Word(0) : static_cast<Word>(~Word(0));
+    }
+  }
+};
+
 template <class Word>
 void zero(const Word* from, Word* to, const uint8_t* frozen, int64_t elements, int64_t first, int64_t end) {
+  static const Free<Word> free;
   for (int64_t group = first; group < end; group += GROUP) {
     const int64_t count = std::min(end - group, GROUP);
-    uint64_t word = load_bits(frozen, group, elements);
+    const uint64_t word = load_bits(frozen, group, elements);
     if (word == ~uint64_t(0)) {
       std::fill(to + group, to + group + count, Word(0));
-      continue;
-    }
-    std::memcpy(to + group, from + group, static_cast<size_t>(count) * sizeof(Word));
-    for (; word != 0; word &= word - 1) {
-      const int64_t i = __builtin_ctzll(word);
-      if (i < count) to[group + i] = 0;
+    } else if (word == 0) {
+      std::memcpy(to + group, from + group, static_cast<size_t>(count) * sizeof(Word));
+    } else {
+      for (int64_t i = 0; i < count; i += 8) {
+        const Word* keep = free.of[word >> i & 0xff];
+        const Word* in = from + group + i;
+        Word* out = to + group + i;
+        if (count - i >= 8) {
+          for (int j = 0; j < 8; ++j) out[j] = in[j] & keep[j];
+        } else {
+          for (int64_t j = 0; j < count - i; ++j) out[j] = in[j] & keep[j];
+        }
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +100,8 @@ def lts_quantize(
         raise TypeError(f"{name}: schedule must be a FreezeSchedule or None, got {type(schedule).__name__}")
     if bits == 32:
         return weight
-    arguments = (weight, lower, upper, *state, bits, *_constants(schedule, weight))
+    constants = _INACTIVE if schedule is None else _constants(schedule, weight.shape)
+    arguments = (weight, lower, upper, *state, bits, *constants)
     if torch.compiler.is_compiling():
         # Where no gradient is wanted, Dynamo would hand the Function's forward(*args) a context as its first argument.
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lower, upper))
@@ -112,19 +114,18 @@ def lts_quantize(
         raise
 
 
-def _constants(schedule: FreezeSchedule | None, weight: Tensor) -> tuple[Any, ...]:
-    if schedule is None:
-        return False, "fixing", 0.0, 0.0, 0, 1, 1, 1, 1.0
+_INACTIVE = False, "fixing", 0.0, 0.0, 0, 1, 1, 1, 1.0
+
+
+def _constants(schedule: FreezeSchedule, shape: torch.Size) -> tuple[Any, ...]:
+    known = _known_constants if not torch.compiler.is_compiling() else _known_constants.__wrapped__
+    return known(schedule, shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_constants(schedule: FreezeSchedule, shape: torch.Size) -> tuple[Any, ...]:
     steps = schedule.warmup_steps, schedule.total_steps
-    return (
-        True,
-        schedule.growth,
-        schedule.rate,
-        schedule.momentum,
-        *steps,
-        *schedule.block(weight.shape),
-        schedule.quantile,
-    )
+    return True, schedule.growth, schedule.rate, schedule.momentum, *steps, *schedule.block(shape), schedule.quantile
 
 
 def _check_state(where: str, weight: Tensor, state: Any) -> None:

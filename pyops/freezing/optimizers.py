@@ -16,6 +16,11 @@ from tersor.freezing.mask import check_mask
 Masks = Iterable[tuple[Tensor, "LtsWeight | Tensor"]]
 
 
+def _may_be_frozen(mask: LtsWeight | Tensor) -> bool:
+    """False where surely nothing is: torch's own step is the faster one then. A GPU is not asked."""
+    return isinstance(mask, Tensor) or mask.counters.device.type != "cpu" or mask.counters[1].item() > 0
+
+
 class _Frozen(torch.optim.Optimizer):
     """Torch's optimiser for all parameters without a mask; one pass over the free elements for those with one."""
 
@@ -39,7 +44,7 @@ class _Frozen(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = {p: p.grad for p in self._masks if p.grad is not None}
+        gradients = {p: p.grad for p, mask in self._masks.items() if p.grad is not None and _may_be_frozen(mask)}
         for parameter in gradients:
             parameter.grad = None  # so that torch's step passes over it
         try:
