@@ -32,7 +32,9 @@ TOOLS = ("memcheck", "racecheck")
 # What a GPU changes; installation, sanitizers and the demo are checked on machines without one.
 TESTS = [
     "tests/attention",
+    "tests/freezing",
     "tests/quantization",
+    "tests/sparsity",
     "tests/models",
     *(f"tests/test_{name}.py" for name in ("conformance", "parity", "backends")),
 ]

@@ -219,6 +219,12 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def _in_readme(group: dict[str, Any]) -> bool:
+    """Of what is measured with many shares frozen, the plain ones; ``crossover.png`` shows all."""
+    frozen = "frozen" in group["operator"]
+    return not frozen or any(group["size"].endswith(each) for each in ("none_0", "tile_50", "tile_75", "channel_50"))
+
+
 def readme_table(folders: list[Path]) -> str:
     """The README's results: per machine one row per group, the best rival named."""
     parts = []
@@ -227,7 +233,7 @@ def readme_table(folders: list[Path]) -> str:
         rows = []
         for name, group in results["groups"].items():
             timed = {m["impl"]: m for m in results["measurements"] if m["group"] == name}
-            if _OURS in timed and group["operator"] != "dispatch":
+            if _OURS in timed and group["operator"] != "dispatch" and _in_readme(group):
                 rows.append(_readme_row(name, timed))
         if rows:
             link = f"bench/results/{folder.name}/table.md"

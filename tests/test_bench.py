@@ -408,3 +408,39 @@ def test_the_readme_shows_the_committed_results() -> None:
         [sys.executable, str(BENCH / "report.py"), "--readme", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def frozen_results(operator: str, times: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Results of a product timed with parts of its weight frozen: size to times of tersor and dense."""
+    groups, measurements = {}, []
+    for size, seconds in times.items():
+        parts = {"operator": operator, "size": size, "dtype": "float32", "direction": "weight_gradient"}
+        name = "/".join(parts.values())
+        groups[name] = parts | {"bytes": None, "flops": None}
+        measurements += [
+            {"group": name, "impl": impl, "median": s, "ours": impl == "tersor", "times_tersor": s / seconds["tersor"]}
+            for impl, s in seconds.items()
+        ]
+    machine = {"processor": "one", "threads": 1, "torch": "2", "quick": False}
+    return {"groups": groups, "measurements": measurements, "limits": {}, "machine": machine}
+
+
+def test_the_crossover_plot_needs_dense_and_ours(tmp_path: Path) -> None:
+    plots = load(BENCH / "support" / "plots.py")
+    times = {
+        "none_0": {"tersor": 1.0, "dense": 1.0},
+        "tile_75": {"tersor": 1.0, "dense": 4.0},
+        "tile_50": {"tersor": 1.0, "dense": 2.0},
+        "tile_90": {"tersor": 1.0},
+        "element_0": {"tersor": 1.1, "dense": 1.0},
+        "layer_100": {"tersor": 1e-3, "dense": 1.0},
+    }
+    results = frozen_results("frozen_linear", times)
+    lines = plots._curves(results, "frozen_linear")
+    assert lines["tile"] == [(0, 1.0), (50, 0.5), (75, 0.25), (100, 1e-3)]
+    assert lines["element"] == [(0, 1.1), (100, 1e-3)]
+    assert set(lines) == {"tile", "element"}
+    assert plots.draw(results, tmp_path) == ["crossover.png"]
+    assert (tmp_path / "crossover.png").read_bytes().startswith(b"\x89PNG")
+    assert plots.draw(frozen_results("square", {"n4": {"tersor": 1.0, "dense": 2.0}}), tmp_path) == ["speedup.png"]
+    assert not (tmp_path / "crossover.png").exists()
