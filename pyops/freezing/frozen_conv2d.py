@@ -15,7 +15,7 @@ from tersor._operator import autocast_tensors, call_function, operator
 from tersor.freezing.freeze_plan import FreezePlan
 from tersor.freezing.frozen_linear import check_layer, check_plan, listed
 from tersor.freezing.mask import unpack_mask
-from tersor.freezing.zero_frozen import _forward as _zero_frozen
+from tersor.freezing.zero_frozen import masked
 
 
 def frozen_conv2d(
@@ -112,7 +112,7 @@ def _weight_gradient(ctx: Any, grad_output: Tensor, input: Tensor, frozen: Tenso
         size = (rows, len(index), *kernel_size)
         some = dense.conv2d_weight(input.index_select(1, index), size, grad_output, stride, padding, dilation)
         gradient = input.new_zeros(ctx.weight_shape).index_copy_(1, index, some)
-    return gradient if frozen is None else _zero_frozen(gradient, frozen)
+    return masked(gradient, frozen)
 
 
 def _reference_backward(

@@ -12,7 +12,7 @@ from tersor._checks import check_floating
 from tersor._operator import autocast_tensors, call_function, operator
 from tersor.freezing.freeze_plan import DENSE, FreezePlan, freeze_plan
 from tersor.freezing.mask import check_mask, unpack_mask
-from tersor.freezing.zero_frozen import _forward as _zero_frozen
+from tersor.freezing.zero_frozen import masked
 
 
 def frozen_linear(
@@ -131,7 +131,7 @@ def _weight_gradient(
     else:
         gradient = input.new_zeros(grad_output.shape[1], input.shape[1])
         gradient.index_copy_(1, index, grad_output.t() @ input.index_select(1, index))
-    return gradient if frozen is None else _zero_frozen(gradient, frozen)
+    return masked(gradient, frozen)
 
 
 def _reference_backward(

@@ -30,6 +30,16 @@ def zero_frozen(input: Tensor, frozen: Tensor) -> Tensor:
     return call_function(_ZeroFrozen, input, frozen)
 
 
+def masked(gradient: Tensor, frozen: Tensor | None) -> Tensor:
+    """:func:`zero_frozen` for gradients; the gradient itself where that is cheaply known to change nothing."""
+    if frozen is None:
+        return gradient
+    plain = type(frozen) is Tensor and frozen.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+    if plain and not torch.compiler.is_compiling() and not frozen.any():
+        return gradient
+    return _forward(gradient, frozen)
+
+
 def _reference(input: Tensor, frozen: Tensor) -> Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     return output.copy_(torch.where(unpack_mask(frozen, input.shape), 0, input))

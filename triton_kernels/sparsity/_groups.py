@@ -29,7 +29,9 @@ from tersor.sparsity.nm_pattern import _combinations, check_groups, check_patter
 from tersor.triton_kernels.quantization._fake_quantize import ELEMENTS, OPTIONS, SUMS, Case
 
 CHUNK = 16  # combinations that are read at once: of 70, 80 lanes
-SIZES = ["size", "inputs", "taps"]  # never specialised, so that other sizes do not compile anew
+# Constants, since the compiler then divides by multiplying: a run-time division is about 20 instructions, and there are
+# three an element. A network has few pairs of them (ResNet-50: four).
+IN_ORDER = {"INPUTS": 1, "TAPS": 1}
 
 
 @triton.jit
@@ -38,17 +40,20 @@ def first_group(GROUPS: tl.constexpr):
 
 
 @triton.jit
-def places(first, size, inputs, taps, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ORDERED: tl.constexpr):
+def places(
+    first, size,
+    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
     """Where the groups' elements lie, as a start and offsets ``[GROUPS, WIDTH]`` from there, and which exist."""
     group = tl.arange(0, GROUPS)[:, None]
     position = tl.arange(0, WIDTH)[None, :]
     present = (first + group < size // M) & (position < M)
     start = first * M
     offsets = group * M + position
-    if not ORDERED:
+    if TAPS != 1:
         element = (start + offsets).to(size.dtype)  # the GPU has no 64-bit division
-        within = element % (inputs * taps)
-        offsets = element - within + within % inputs * taps + within // inputs
+        within = element % (INPUTS * TAPS)
+        offsets = element - within + within % INPUTS * TAPS + within // INPUTS
         start = start * 0
     return start, offsets, present
 
@@ -110,8 +115,7 @@ class Groups:
         self.given, self.m = weight, m
         self.weight = weight if _in_order(weight) else weight.contiguous()
         self.ordered = _in_order(self.weight)
-        inputs, taps = (weight.shape[1], math.prod(weight.shape[2:])) if weight.dim() == 4 else (1, 1)
-        self.sizes = weight.numel(), inputs, taps
+        self.layout = IN_ORDER if self.ordered else {"INPUTS": weight.shape[1], "TAPS": math.prod(weight.shape[2:])}
 
     def like(self, where: str, tensor: Tensor) -> Tensor:
         """Another tensor of the weight's shape, in its layout."""
@@ -142,12 +146,12 @@ class Groups:
         return result if self.weight is self.given else torch.empty_like(self.given).copy_(result)
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """``kernel(*arguments, size, inputs, taps, **constants, M, WIDTH, GROUPS, ORDERED)`` over all groups."""
-        tile = tile_of(self.m)
-        programs = triton.cdiv(self.weight.numel() // self.m, tile["GROUPS"])
+        """``kernel(*arguments, size, **constants, M, WIDTH, GROUPS, INPUTS, TAPS)`` over all groups; none, no launch."""
+        tile, size = tile_of(self.m) | self.layout, self.weight.numel()
+        programs = triton.cdiv(size // self.m, tile["GROUPS"])
         if programs:
             with torch.cuda.device_of(self.weight):
-                kernel[(programs,)](*arguments, *self.sizes, **constants, **tile, ORDERED=self.ordered, **OPTIONS)
+                kernel[(programs,)](*arguments, size, **constants, **tile, **OPTIONS)
 
 
 def _in_order(tensor: Tensor) -> bool:
@@ -181,7 +185,7 @@ def cases(
     variants: dict[str, tuple[int, int, dict[str, Any]]],
     kinds: dict[str, str],
     data: Sequence[str],
-    ordered: bool = True,
+    layout: dict[str, int],
 ) -> Iterator[Case]:
     """The ahead-of-time cases of a kernel over groups.
 
@@ -189,12 +193,12 @@ def cases(
         variants: n, m and the kernel's own constants, by label.
         kinds: of its arguments, where they are none of ``data``.
         data: its tensors of the weight's dtype.
-        ordered: the weight lies in the groups' order.
+        layout: of the weight, as INPUTS and TAPS.
     """
     for label, (_, m, own) in variants.items():
         for name in ("fp16", "bf16", "fp32"):
-            constants = own | tile_of(m) | {"ORDERED": ordered}
-            known = dict.fromkeys(data, f"*{name}:16") | dict.fromkeys(SIZES, "i32") | {"mask": "*u8:16"} | kinds
+            constants = own | tile_of(m) | layout
+            known = dict.fromkeys(data, f"*{name}:16") | {"mask": "*u8:16", "size": "i32"} | kinds
             signature = {a: known[a] for a in kernel.arg_names if a not in constants}
             yield kernel, f"{label} {name}", signature, constants, OPTIONS
 

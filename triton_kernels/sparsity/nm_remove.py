@@ -53,8 +53,8 @@ def _remove(place, present, score, marked, removed, pattern):
     """Writes the chunk, and returns the words of what it keeps."""
     new = tl.where(removed, 0.0, marked)
     changed = present & (new.to(tl.int32, bitcast=True) != score.to(tl.int32, bitcast=True))
-    any = tl.max(tl.max(changed.to(tl.int32), axis=1), axis=0) != 0
-    tl.store(place, new, mask=present & any)
+    if tl.max(tl.max(changed.to(tl.int32), axis=1), axis=0) != 0:
+        tl.store(place, new, mask=present)
     return tl.reduce_or(tl.where(present & (new != 0.0), pattern[None, :], 0), axis=1)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tersor.triton_kernels.quantization._fake_quantize import Case
 from tersor.triton_kernels.sparsity._groups import (
-    SIZES,
+    IN_ORDER,
     Groups,
     cases,
     chunks,
@@ -50,11 +50,11 @@ def _alive_words(scores, patterns, first, groups, COUNT: tl.constexpr, CHUNK: tl
     return words
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
-    weight, scores, given, patterns, output, mask, size, inputs, taps,
+    weight, scores, given, patterns, output, mask, size,
     COUNT: tl.constexpr, CHUNK: tl.constexpr,
-    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ORDERED: tl.constexpr,
+    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     first = first_group(GROUPS)
     if given is None:
@@ -62,19 +62,19 @@ def _forward_kernel(
     else:
         words = load_words(given, first, size, M, WIDTH, GROUPS)
     store_words(mask, words, first, size, M, WIDTH, GROUPS)
-    start, offsets, present = places(first, size, inputs, taps, M, WIDTH, GROUPS, ORDERED)
+    start, offsets, present = places(first, size, M, WIDTH, GROUPS, INPUTS, TAPS)
     w = tl.load(weight + start + offsets, mask=present, other=0.0)
     tl.store(output + start + offsets, tl.where(spread(words, WIDTH), w, tl.zeros_like(w)), mask=present)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["size"])
 def _backward_kernel(
-    grad_output, weight, scores, mask, patterns, grad_weight, grad_scores, size, inputs, taps,
+    grad_output, weight, scores, mask, patterns, grad_weight, grad_scores, size,
     COUNT: tl.constexpr, CHUNK: tl.constexpr,
-    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ORDERED: tl.constexpr,
+    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     first = first_group(GROUPS)
-    start, offsets, present = places(first, size, inputs, taps, M, WIDTH, GROUPS, ORDERED)
+    start, offsets, present = places(first, size, M, WIDTH, GROUPS, INPUTS, TAPS)
     words = load_words(mask, first, size, M, WIDTH, GROUPS)
     g = tl.load(grad_output + start + offsets, mask=present, other=0.0)
     w = tl.load(weight + start + offsets, mask=present, other=0.0)
@@ -119,12 +119,12 @@ def nm_sparsify_backward(
     return groups.returned(grad_weight), grad_scores
 
 
-def ahead_of_time_cases(ordered: bool = True) -> Iterator[Case]:
+def ahead_of_time_cases(layout: dict[str, int] = IN_ORDER) -> Iterator[Case]:
     """What the ahead-of-time test compiles: weights in the groups' order unless told otherwise."""
     kinds = dict.fromkeys(("scores", "grad_scores"), "*fp32:16") | {"patterns": "*i32:16", "given": "*u8:16"}
     shapes = [(2, 4), (1, 4), (2, 8), (4, 8), (1, 16)]
     variants = {f"{n}:{m}": (n, m, chunks(n, m) | {"given": None}) for n, m in shapes}
     given = {f"{n}:{m} given": (n, m, chunks(n, m)) for n, m in shapes}
-    yield from cases(_forward_kernel, variants | given, kinds, ["weight", "output"], ordered)
+    yield from cases(_forward_kernel, variants | given, kinds, ["weight", "output"], layout)
     variants = {f"{n}:{m}": (n, m, chunks(n, m)) for n, m in shapes}
-    yield from cases(_backward_kernel, variants, kinds, ["grad_output", "weight", "grad_weight"], ordered)
+    yield from cases(_backward_kernel, variants, kinds, ["grad_output", "weight", "grad_weight"], layout)

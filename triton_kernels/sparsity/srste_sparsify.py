@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tersor.triton_kernels.quantization._fake_quantize import Case
 from tersor.triton_kernels.sparsity._groups import (
-    SIZES,
+    IN_ORDER,
     Groups,
     cases,
     first_group,
@@ -30,13 +30,13 @@ from tersor.triton_kernels.sparsity._groups import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
-    weight, output, mask, size, inputs, taps,
-    N: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ORDERED: tl.constexpr,
+    weight, output, mask, size,
+    N: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     first = first_group(GROUPS)
-    start, offsets, present = places(first, size, inputs, taps, M, WIDTH, GROUPS, ORDERED)
+    start, offsets, present = places(first, size, M, WIDTH, GROUPS, INPUTS, TAPS)
     w = tl.load(weight + start + offsets, mask=present, other=0.0)
     key = tl.abs(w.to(tl.float32)).to(tl.int32, bitcast=True)  # in the order of the values
     key = tl.minimum(key, 0x7F800001)  # one NaN for all
@@ -50,13 +50,13 @@ def _forward_kernel(
     store_words(mask, gather(kept, WIDTH), first, size, M, WIDTH, GROUPS)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "decay"])
+@triton.jit(do_not_specialize=["size", "decay"])
 def _backward_kernel(
-    grad_output, weight, mask, grad_weight, decay, size, inputs, taps,
-    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ORDERED: tl.constexpr,
+    grad_output, weight, mask, grad_weight, decay, size,
+    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     first = first_group(GROUPS)
-    start, offsets, present = places(first, size, inputs, taps, M, WIDTH, GROUPS, ORDERED)
+    start, offsets, present = places(first, size, M, WIDTH, GROUPS, INPUTS, TAPS)
     kept = spread(load_words(mask, first, size, M, WIDTH, GROUPS), WIDTH)
     g = tl.load(grad_output + start + offsets, mask=present, other=0.0).to(tl.float32)
     w = tl.load(weight + start + offsets, mask=present, other=0.0).to(tl.float32)
@@ -82,10 +82,10 @@ def srste_sparsify_backward(grad_output: Tensor, weight: Tensor, mask: Tensor, m
     return groups.returned(grad_weight)
 
 
-def ahead_of_time_cases(ordered: bool = True) -> Iterator[Case]:
+def ahead_of_time_cases(layout: dict[str, int] = IN_ORDER) -> Iterator[Case]:
     """What the ahead-of-time test compiles: weights in the groups' order unless told otherwise."""
     shapes = [(2, 4), (4, 8), (1, 16)]
     variants = {f"{n}:{m}": (n, m, {"N": n}) for n, m in shapes}
-    yield from cases(_forward_kernel, variants, {}, ["weight", "output"], ordered)
+    yield from cases(_forward_kernel, variants, {}, ["weight", "output"], layout)
     data = ["grad_output", "weight", "grad_weight"]
-    yield from cases(_backward_kernel, {f":{m}": (1, m, {}) for _, m in shapes}, {"decay": "fp32"}, data, ordered)
+    yield from cases(_backward_kernel, {f":{m}": (1, m, {}) for _, m in shapes}, {"decay": "fp32"}, data, layout)
