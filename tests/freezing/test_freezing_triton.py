@@ -129,7 +129,7 @@ GROWTHS = {"fixing": (True, True), "linear": (False, False), "sine": (True, Fals
 
 
 @interpreted
-@pytest.mark.parametrize(("shape", "dtype"), itertools.product(SHAPES, DTYPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(SHAPES, DTYPES)), ids=str)
 def test_steps_of_elements(shape, dtype, on_triton):
     """Every growth at five shapes or more."""
     growth = list(GROWTHS)[(SHAPES.index(shape) + DTYPES.index(dtype)) % 3]

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from tersor.freezing.mask import check_mask
 from tersor.sparsity.nm_pattern import _combinations, check_groups, check_pattern
-from tersor.triton_kernels.quantization._fake_quantize import ELEMENTS, OPTIONS, SUMS, Case
+from tersor.triton_kernels.quantization._fake_quantize import NUM_WARPS, OPTIONS, SUMS, Case
 
+ELEMENTS = NUM_WARPS * 32 * 8  # of twice as many, with their scores, some kernels spill, and others take 255 registers
 CHUNK = 16  # combinations that are read at once: of 70, 80 lanes
 # Constants, since the compiler then divides by multiplying: a run-time division is about 20 instructions, and there are
 # three an element. A network has few pairs of them (ResNet-50: four).
@@ -73,7 +74,9 @@ def gather(kept, WIDTH: tl.constexpr):
 @triton.jit
 def _shifted(bits, left):
     """``bits << left``, to the right where negative; what is moved by 31 or more is none of a byte or a word."""
-    return tl.where(left >= 0, bits << tl.minimum(tl.maximum(left, 0), 31), bits >> tl.minimum(tl.maximum(-left, 0), 31))
+    return tl.where(
+        left >= 0, bits << tl.minimum(tl.maximum(left, 0), 31), bits >> tl.minimum(tl.maximum(-left, 0), 31)
+    )
 
 
 @triton.jit
@@ -160,7 +163,7 @@ def _in_order(tensor: Tensor) -> bool:
 
 
 def tile_of(m: int) -> dict[str, int]:
-    """16 elements a thread, as the fake-quantisers have."""
+    """The constants of a kernel over groups of ``m``."""
     width = triton.next_power_of_2(m)
     return {"M": m, "WIDTH": width, "GROUPS": ELEMENTS // width}
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from tersor.sparsity.nm_pattern import check_pattern
 from tersor.sparsity.nm_remove import DEAD, _check_numbers
 from tersor.triton_kernels.freezing._octets import in_place
-from tersor.triton_kernels.quantization._fake_quantize import ELEMENTS, OPTIONS, Case
-from tersor.triton_kernels.sparsity._groups import first_group, patterns, store_words
+from tersor.triton_kernels.quantization._fake_quantize import OPTIONS, Case
+from tersor.triton_kernels.sparsity._groups import ELEMENTS, first_group, patterns, store_words
 
 FEW = tl.constexpr(16)  # combinations that are ranked by comparing all with all
-HELD = 128  # combinations that a program has in registers: 16 a thread
+HELD = 128  # combinations that a program has in registers: 8 a thread
 _DEAD = tl.constexpr(DEAD)
 
 
