@@ -224,6 +224,18 @@ def test_many_steps_and_steps_beyond_the_end(on_triton):
         compare(weights, gradients, levels, FreezeSchedule(2, 4, 0, growth, momentum=0.9))
 
 
+@interpreted
+@pytest.mark.parametrize("size", [1, 11, 2049])
+def test_bits_beyond_the_last_element_stay_zero(size, on_triton):
+    """Where a weight of 0 would be within the threshold, as with a lower bound of 0."""
+    state = lts_state(torch.zeros(size))
+    for _ in range(4):
+        lts_quantize(torch.full((size,), 0.34), state, *bounds(0.0, 1.0), 2, schedule("fixing"))
+    assert unpack_mask(state.frozen, (size,)).all()
+    assert tail_is_zero(state.frozen, (size,))
+    assert state.counters.tolist() == [3, size]
+
+
 @triton.jit
 def _sine_kernel(source, target, SIZE: tl.constexpr):
     place = tl.arange(0, SIZE)
@@ -292,11 +304,9 @@ def raw(tensor):
 
 
 def tensors(count, shape, dtype, frozen):
-    """With a NaN of its own where frozen, which nobody may take into account."""
-    pattern = {torch.float32: 0x7FC12345, torch.float16: 0x7E55}[dtype]
+    """The second, the gradient, is NaN where frozen, which nobody may take into account."""
     drawn = [torch.randn(shape).to(dtype) for _ in range(count)]
-    for tensor in drawn:
-        raw(tensor)[unpack_mask(frozen, shape)] = pattern
+    drawn[1][unpack_mask(frozen, shape)] = NAN
     return drawn
 
 
@@ -342,10 +352,10 @@ def test_adamw(shape, dtype, on_triton):
     for share, maximize, number in ((0.0, False, 1), (0.5, True, 10), (1.0, False, 3)):
         frozen = random_mask(shape, share)
         given = tensors(4, shape, dtype, frozen)
-        raw(given[3]).bitwise_and_(torch.iinfo(raw(given[3]).dtype).max)  # without the sign
+        given[3].abs_()
 
         def step(*own, maximize=maximize, number=number):
-            torch.ops.tersor.frozen_adamw_step(*own, 1e-2, 0.9, 0.999, 1e-8, 0.1, maximize, number)
+            torch.ops.tersor.frozen_adamw_step(*own, 1e-2, 0.9, 0.999, 0.01, 0.1, maximize, number)
 
         pairs = on_both(step, *given, frozen)
         assert all(same(*pair) for pair in pairs[1:])
@@ -394,7 +404,8 @@ def test_linear(parts, dtype, on_triton, monkeypatch):
                 again = backward(strided(grad_output), input.t().contiguous().t(), frozen, plan.listed, *tile)
                 assert same(ours, again)
                 odd = torch.cat([plan.listed.flatten()[:1], plan.listed.flatten()])[1:].view(-1, 2)
-                assert same(ours, backward(grad_output, input, frozen, odd.long(), *plan.tile))
+                for listed in (odd, odd.long()):
+                    assert same(ours, backward(grad_output, input, frozen, listed, *plan.tile))
             assert not backward(grad_output, input, frozen, plan.listed[:0], *plan.tile).any()
             assert not backward(grad_output[:0], input[:0], frozen, plan.listed, *plan.tile).any()
             if frozen is not None:

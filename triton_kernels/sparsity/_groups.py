@@ -149,7 +149,7 @@ class Groups:
         return result if self.weight is self.given else torch.empty_like(self.given).copy_(result)
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """``kernel(*arguments, size, **constants, M, WIDTH, GROUPS, INPUTS, TAPS)`` over all groups; none, no launch."""
+        """``kernel(*arguments, size, **constants, M, WIDTH, GROUPS, INPUTS, TAPS)`` over the groups, if any."""
         tile, size = tile_of(self.m) | self.layout, self.weight.numel()
         programs = triton.cdiv(size // self.m, tile["GROUPS"])
         if programs:

@@ -33,7 +33,8 @@ from tersor.triton_kernels.sparsity._groups import (
 @triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
     weight, output, mask, size,
-    N: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     first = first_group(GROUPS)
     start, offsets, present = places(first, size, M, WIDTH, GROUPS, INPUTS, TAPS)
@@ -45,9 +46,9 @@ def _forward_kernel(
     for p in tl.static_range(M):
         other = tl.sum(tl.where(position == p, key, 0), axis=1)[:, None]
         rank += ((other < key) | ((other == key) & (position > p))).to(tl.int32)
-    kept = present & (rank >= M - N)
-    tl.store(output + start + offsets, tl.where(kept, w, tl.zeros_like(w)), mask=present)
-    store_words(mask, gather(kept, WIDTH), first, size, M, WIDTH, GROUPS)
+    words = gather(present & (rank >= M - N), WIDTH)
+    store_words(mask, words, first, size, M, WIDTH, GROUPS)
+    tl.store(output + start + offsets, tl.where(spread(words, WIDTH), w, tl.zeros_like(w)), mask=present)
 
 
 @triton.jit(do_not_specialize=["size", "decay"])

@@ -1,0 +1,231 @@
+"""Trains networks of 2 and 3 bits on photographs' textures, and freezes what has settled: what does that cost and save?
+
+    python -m tersor.models.train_freezing --output demo_freezing
+
+For every number of bits: quantisation-aware training, and LTS freezing single weights, tiles and channels, all from the
+same weights in full precision. Writes a table (``results.md``), all figures (``results.json``), pictures of the
+accuracies and of the backward pass over time, and the states that ``--resume`` goes on from. Needs the extra
+``tersor[demo]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import tersor
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tersor.models._freezing_train import Config, Progress
+
+EXTRAS = {  # import name: distribution
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the process's exit status."""
+    if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:
+        print(f'train_freezing needs {", ".join(missing)}: pip install "tersor[demo]"', file=sys.stderr)
+        return 1
+    from tersor.models._digits import StateError
+
+    options = _parse(arguments)
+    try:
+        run(options)
+    except StateError as error:
+        print(f"train_freezing: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with --resume goes on from {options.output}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """All trainings, the table, the results and the pictures."""
+    from rich.console import Console
+
+    from tersor.models import _freezing_plot, _textures
+    from tersor.models._freezing_train import METHODS, Config
+
+    console, output = Console(), options.output
+    shared = ("epochs", "iterations", "batch_size", "width", "test_patches", "threads")
+    common = {name: getattr(options, name) for name in shared}
+    console.print(
+        f"torch {torch.__version__}, cpu, threads: {options.threads}; {len(_textures.NAMES)} photographs, "
+        f"{options.test_patches} test patches of each",
+        highlight=False,
+    )
+    groups: dict[tuple[str, int], list[Progress]] = {}
+    for seed in range(options.seeds):
+        model, progress = _train(console, Config("full", 32, seed, **common), output, None, options.resume)
+        groups.setdefault(("full", 32), []).append(progress)
+        start = model.state_dict()
+        for bits in options.bits:
+            for method in METHODS[1:]:
+                config = Config(method, bits, seed, **common)
+                groups.setdefault((method, bits), []).append(_train(console, config, output, start, options.resume)[1])
+    groups = dict(sorted(groups.items(), key=lambda item: (-item[0][1], METHODS.index(item[0][0]))))
+    rows = _rows(groups)
+    _print_table(console, rows)
+    written = [_write_results(output / "results.json", options, groups), _write_page(output / "results.md", rows)]
+    for path in (*written, *_freezing_plot.draw(output, groups)):
+        console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from tersor.models.train_digits import _between, _folder
+
+    parser = argparse.ArgumentParser(
+        prog="python -m tersor.models.train_freezing", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--epochs", type=_between(3, 10_000), default=15, help="of every run (default 15)")
+    add("--iterations", type=_between(1, 1_000_000), default=40, help="steps per epoch (default 40)")
+    add("--batch-size", type=_between(2, 4096), default=32, help="patches per step (default 32)")
+    add("--width", type=_between(1, 512), default=64, help="channels of the first stage (default 64)")
+    add("--bits", type=_between(2, 8), nargs="+", default=[3, 2], help="of the quantised runs (default 3 2)")
+    add("--seeds", type=_between(1, 100), default=3, help="runs of everything (default 3)")
+    add("--test-patches", type=_between(1, 4096), default=1024, help="of each photograph (default 1024)")
+    # One by default: the number changes the last bits, and on a busy machine two wait for each other.
+    add("--threads", type=_between(1, 4096), default=1, help="CPU threads (default 1)")
+    add("--output", type=_folder, default=Path("demo_freezing"), help="folder of all files (default demo_freezing)")
+    add("--resume", action="store_true", help="go on from the states in the output folder")
+    options = parser.parse_args(arguments)
+    options.bits = sorted(set(options.bits), reverse=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.output).close()
+    except OSError as error:
+        parser.error(f"--output: cannot write to {options.output}: {error.strerror}")
+    return options
+
+
+def _train(
+    console: Console, config: Config, output: Path, start: dict[str, torch.Tensor] | None, resume: bool
+) -> tuple[torch.nn.Module, Progress]:
+    """One run under a progress bar."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    from tersor.models._freezing_train import train
+
+    columns = (
+        TextColumn("[bold]{task.description:<24}"),
+        BarColumn(),
+        TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}  {task.fields[note]:<32}"),
+        TimeElapsedColumn(),
+    )
+    title = f"{config.method} {config.bits}-bit seed {config.seed}"
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task(title, total=config.epochs * config.iterations, epoch=0, epochs=config.epochs, note="")
+
+        def show(progress: Progress, step: int) -> None:
+            epoch = len(progress.loss)
+            note = f"loss {progress.loss[-1]:.2f}, frozen {progress.frozen[-1]:.0%}" if progress.loss else ""
+            bar.update(task, completed=epoch * config.iterations + step + 1, epoch=epoch + 1, note=note)
+
+        model, progress = train(config, output, start, resume, show)
+        note = f"accuracy {progress.accuracy:.2f} %, frozen {progress.frozen[-1]:.0%}"
+        bar.update(task, completed=config.epochs * config.iterations, epoch=config.epochs, note=note)
+    return model, progress
+
+
+def _rows(groups: dict[tuple[str, int], list[Progress]]) -> list[list[str]]:
+    """The table: a header, then a row for every method and number of bits."""
+    rows = [["", "bits", "accuracy", "of each seed", "updates left out", "backward", "whole run", "against plain"]]
+    for (method, bits), runs in groups.items():
+        seconds = statistics.median(run.seconds for run in runs)
+        plain = groups.get(("qat", bits))
+        faster = statistics.median(run.seconds for run in plain) / seconds if plain else None
+        rows.append(
+            [
+                method,
+                str(bits),
+                f"{statistics.fmean(run.accuracy for run in runs):.2f} %",
+                " ".join(f"{run.accuracy:.2f}" for run in runs),
+                f"{statistics.fmean(v for run in runs for v in run.eliminated):.1%}",
+                f"{statistics.median(sum(run.backward) for run in runs):.2f} s",
+                f"{seconds:.2f} s",
+                f"{faster:.2f}x" if faster else "",
+            ]
+        )
+    return rows
+
+
+def _print_table(console: Console, rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Which photograph is it? Accuracy, and what freezing leaves out", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    table.caption = (
+        "Accuracy after the last epoch, mean of the seeds. Backward, whole run: seconds of all steps, median of the "
+        "seeds; the whole run against that of plain quantisation-aware training (qat) with as many bits."
+    )
+    table.caption_justify = "left"
+    console.print(table)
+
+
+def _about() -> dict[str, str]:
+    """Machine, date, versions, commit."""
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": done.stdout.strip() if done.returncode == 0 else "unknown",
+        "processor": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "torch": torch.__version__,
+        "tersor": tersor.__version__,
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _write_results(path: Path, options: argparse.Namespace, groups: dict[tuple[str, int], list[Progress]]) -> Path:
+    contents: dict[str, Any] = {"about": _about()}
+    contents["options"] = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
+    for (method, bits), runs in groups.items():
+        contents[f"{method} {bits}-bit"] = [vars(run) for run in runs]
+    path.write_text(json.dumps(contents, indent=1) + "\n")
+    return path
+
+
+def _write_page(path: Path, rows: list[list[str]]) -> Path:
+    about = ", ".join(f"{name} {value}" for name, value in _about().items())
+    lines = ["# Freezing during quantisation-aware training", "", about, ""]
+    lines += [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+    lines += ["", "![accuracy](accuracy.png)", "", "![freezing over time](freezing.png)"]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
