@@ -191,7 +191,7 @@ def _warn_of_other_settings(module: nn.Module, incompatible: Any) -> None:
 
 
 def _forget_plan(layer: Any, incompatible: Any) -> None:
-    layer.plan = None  # of another mask
+    layer.plan = layer._constant = None  # of another mask
 
 
 class _Lts:
@@ -205,6 +205,7 @@ class _Lts:
         self.quantize_input = UnitActivation(bits)
         self.quantize_input.to(self.weight.device, self.quantize_weight.distance.dtype)
         self.plan: FreezePlan | None = None
+        self._constant: tuple[Any, Tensor] | None = None
         nn.Module.register_load_state_dict_post_hook(self, _forget_plan)  # type: ignore[arg-type]
 
     def refresh_plan(self) -> FreezePlan:
@@ -219,7 +220,18 @@ class _Lts:
         schedule = self.quantize_weight.schedule
         if self.plan is not None and self.plan.level == "layer":
             schedule = None  # nothing is left to freeze
+            if self.training and not torch.compiler.is_compiling():
+                return self._constant_weight()
         return self.quantize_weight.quantize(self.weight, schedule)
+
+    def _constant_weight(self) -> Tensor:
+        """The quantised weight of a layer that is frozen as a whole, kept until something it comes from changes."""
+        sources = self.weight, self.quantize_weight.lower, self.quantize_weight.upper
+        key = [(t._version, t.data_ptr(), t.dtype) for t in sources]
+        if self._constant is None or self._constant[0] != key:
+            with torch.no_grad():
+                self._constant = key, self.quantize_weight.quantize(self.weight, None)
+        return self._constant[1]
 
 
 class LtsConv2d(_Lts, nn.Conv2d):

@@ -321,3 +321,22 @@ def test_frozen_layer_keeps_no_input(layer: Any, shape: tuple[int, ...]) -> None
     assert all(p.grad is None for p in (layer.weight, *layer.quantize_weight.parameters()))
     assert all(p.grad.any() for p in (layer.bias, *layer.quantize_input.parameters()))
     assert int(layer.quantize_weight.counters[0]) == steps, "nothing is left to be counted for"
+
+
+def test_the_constant_weight_follows_its_sources() -> None:
+    """A layer that is frozen as a whole quantises its weight once, and anew when a bound or the weight changes."""
+    layer = LtsLinear(6, 5, bits=2, schedule=FreezeSchedule(1, 9, growth="fixing", rate=1e6, granularity="layer"))
+    input = torch.randn(4, 6)
+    initialize_(layer, input)
+    for _ in range(3):
+        layer(input)
+    refresh_(layer)
+    assert layer.plan.level == "layer"
+    first = layer._quantized_weight()
+    assert layer._quantized_weight() is first
+    with torch.no_grad():
+        layer.quantize_weight.upper.mul_(3)
+    changed = layer._quantized_weight()
+    assert changed is not first
+    layer.eval()
+    assert torch.equal(layer._quantized_weight(), changed)

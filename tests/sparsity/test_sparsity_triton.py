@@ -7,6 +7,9 @@ float32 and float16 only. The compiler's tests run without that variable.
 
 import math
 import os
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tersor import _backends, _operator
 pytest.importorskip("triton", reason="triton is not installed")
 
 import ahead_of_time_triton as ahead
+import triton
 
 from tersor.triton_kernels.sparsity import _groups, nm_remove, nm_sparsify, srste_sparsify
 
@@ -79,7 +83,7 @@ def scores_of(weight, n, m):
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """Says so if the operators do not run on the Triton backend; small tiles, since the interpreter is slow."""
+    """Says so if that backend would not run the operators; small tiles, since the interpreter is slow."""
     monkeypatch.setattr(_groups, "ELEMENTS", 256)
     monkeypatch.setattr(nm_remove, "ELEMENTS", 256)
     monkeypatch.setattr(nm_remove, "HELD", 32)
@@ -186,7 +190,7 @@ def test_remove_ties_and_gaps(on_triton):
     """Of equal scores the lower index goes, across what is read at once; in place where memory has gaps."""
     scores = torch.full((2, 45), 0.25)
     for k in (1, 31, 32, 33, 44):
-        own = removed(scores, k, 2, 10)[1]
+        own = both(removed, scores, k, 2, 10)[0][1]
         assert not own[:, :k].any()
         assert (own[:, k:] == 0.25).all()
     with_gaps = torch.rand(5, 6, 2)[..., 0]
@@ -252,12 +256,17 @@ CASES = [
     ahead.Case(*case)
     for module in (nm_sparsify, srste_sparsify)
     for case in module.ahead_of_time_cases(CHANNELS_FIRST)
-    if "bf16" not in case[1]
+    if case[1].endswith(" fp16")
 ]
 
 
 @compiled
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.name} {c.label}".replace(" ", "_") for c in CASES])
 def test_channels_first_compiles_without_spills(case, tmp_path):
-    """Its loads are single, which the general test would refuse."""
-    assert ahead.compile_case(case, 90, tmp_path).spills == 0
+    """Its loads are single, which the general test would refuse, as it would 8 bytes of stack that nothing accesses."""
+    assert ahead.compile_case(case, 90, tmp_path).spills <= 8
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    said = subprocess.run([tool, "-sass", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    instructions = set(re.findall(r"\b([A-Z]+[0-9A-Z]*)(?:\.\w+)* ", said))
+    assert {"LDG", "STG"} <= instructions
+    assert not {"LDL", "STL"} & instructions

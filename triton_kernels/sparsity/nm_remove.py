@@ -2,7 +2,7 @@
 
 Scores are compared as whole numbers in the same order. Of up to 16 combinations each counts those before it. Of more,
 the k-th smallest is found bit by bit, from the sign down: 32 times the group counts how many of its scores are below.
-At C = 70 that is a sixth of the comparisons. Up to 128 scores of a group stay in registers meanwhile; the rest are
+At C = 70 that is less than half the comparisons. Up to 128 scores of a group stay in registers meanwhile; the rest are
 read anew each time. A tile in which nothing changes, as is usual within an epoch, is not written.
 """
 

@@ -16,6 +16,7 @@ What a combination's gradient costs is C M multiplications and additions a group
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -123,8 +124,10 @@ def ahead_of_time_cases(layout: dict[str, int] = IN_ORDER) -> Iterator[Case]:
     """What the ahead-of-time test compiles: weights in the groups' order unless told otherwise."""
     kinds = dict.fromkeys(("scores", "grad_scores"), "*fp32:16") | {"patterns": "*i32:16", "given": "*u8:16"}
     shapes = [(2, 4), (1, 4), (2, 8), (4, 8), (1, 16)]
-    variants = {f"{n}:{m}": (n, m, chunks(n, m) | {"given": None}) for n, m in shapes}
-    given = {f"{n}:{m} given": (n, m, chunks(n, m)) for n, m in shapes}
+    none: dict[str, Any] = {"given": None}
+    variants = {f"{n}:{m}": (n, m, none | chunks(n, m)) for n, m in shapes}
+    given: dict[str, tuple[int, int, dict[str, Any]]]
+    given = {f"{n}:{m} given": (n, m, {**chunks(n, m)}) for n, m in shapes}
     yield from cases(_forward_kernel, variants | given, kinds, ["weight", "output"], layout)
-    variants = {f"{n}:{m}": (n, m, chunks(n, m)) for n, m in shapes}
+    variants = {f"{n}:{m}": (n, m, {**chunks(n, m)}) for n, m in shapes}
     yield from cases(_backward_kernel, variants, kinds, ["grad_output", "weight", "grad_weight"], layout)

@@ -45,10 +45,10 @@ def _forward_kernel(
     rank = tl.zeros([GROUPS, WIDTH], tl.int32)
     for p in tl.static_range(M):
         other = tl.sum(tl.where(position == p, key, 0), axis=1)[:, None]
-        rank += ((other < key) | ((other == key) & (position > p))).to(tl.int32)
-    words = gather(present & (rank >= M - N), WIDTH)
-    store_words(mask, words, first, size, M, WIDTH, GROUPS)
-    tl.store(output + start + offsets, tl.where(spread(words, WIDTH), w, tl.zeros_like(w)), mask=present)
+        rank += (other < key + (position > p).to(tl.int32)).to(tl.int32)  # of equal ones the lower index is before
+    kept = present & (rank >= M - N)
+    tl.store(output + start + offsets, tl.where(kept, w, tl.zeros_like(w)), mask=present)
+    store_words(mask, gather(kept, WIDTH), first, size, M, WIDTH, GROUPS)
 
 
 @triton.jit(do_not_specialize=["size", "decay"])
