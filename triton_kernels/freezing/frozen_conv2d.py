@@ -84,8 +84,9 @@ def _product_kernel(
     tap, row, has_row, column, has_column = _own(tiles, outputs, inputs, taps, tile_rows, tile_columns, VECTOR, BLOCK)
     outputs = outputs.to(tl.int64) // VECTOR[0] * VECTOR[0]
     inputs = inputs.to(tl.int64) // VECTOR[1] * VECTOR[1]
-    down = tap // kernel_w * dilation_h - padding_h
-    right = tap % kernel_w * dilation_w - padding_w
+    if WINDOW:
+        down = tap // kernel_w * dilation_h - padding_h
+        right = tap % kernel_w * dilation_w - padding_w
     sums = tl.zeros([BLOCK[0], BLOCK[1]], tl.float32)
     begin = tl.program_id(1).to(pixels.dtype) * chunk
     end = tl.minimum(begin + chunk, pixels)
