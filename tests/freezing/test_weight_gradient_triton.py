@@ -118,7 +118,7 @@ def test_convolution(window, parts, on_triton, in_parts):
         weight = torch.zeros(outputs, inputs, *kernel, dtype=dtype)
         grad_output = torch.randn_like(torch.nn.functional.conv2d(input, weight, None, *window))
         mask, plan = planned(*weight.shape, tile=tile)
-        for frozen in (None, pack_mask(mask)):
+        for frozen in [None, pack_mask(mask)][number // 2 : number + 1]:
             rest = frozen, plan.listed, kernel, *window, *plan.tile
             ours = check_product(backward, mask, grad_output, input, *rest)
             if number == 1:

@@ -4,7 +4,7 @@ Bytes per element that move, for a weight of u bytes:
 
 ========  ==============================================================================================
 forward   without a schedule 2u; with one 2u + 10, the distance and the code being read and written
-blocks    u + 5 more, from the second level's cache as a rule: their elements within the threshold are counted first
+blocks    u + 5 more, read before, to count their elements within the threshold
 backward  3u
 saved     u more where an octet of elements is all free, 2u where some are frozen; backward u where some are
 mask      1/8 read and 1/8 written, with a schedule 1/8 more; backward 1/8
