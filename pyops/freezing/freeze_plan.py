@@ -13,9 +13,12 @@ from tersor import _backends
 from tersor.freezing.mask import check_mask, unpack_mask
 
 LEVELS = ("dense", "tiles", "rows", "columns", "layer")
-# Time per computed weight against the dense product's, as benchmarked (bench/results): which level is the fastest.
-COST = {"tiles": 1.0, "rows": 1.0, "columns": 1.0}
-FIXED = {"tiles": 0.1, "rows": 0.1, "columns": 0.1}
+# Time against the dense gradient's, (fixed, per share of the weight that is computed), by the weight's dimensions:
+# measured on 2026-11-21 on two cores of a Xeon with AVX-512, shapes as in bench/freezing.
+COST = {
+    2: {"tiles": (0.13, 1.13), "rows": (0.03, 1.4), "columns": (0.2, 0.9)},
+    4: {"tiles": (0.12, 1.0), "rows": (0.09, 1.0), "columns": (0.09, 1.0)},
+}
 
 
 class FreezePlan(NamedTuple):
@@ -79,7 +82,7 @@ def freeze_plan(
         operator = "frozen_linear_backward" if len(shape) == 2 else "frozen_conv2d_backward"
         if _backends.running(operator, frozen.device.type) == "reference":
             plans.pop("tiles", None)  # which computes the dense product and masks it
-        level = min(plans, key=lambda each: _cost(plans[each]))
+        level = min(plans, key=lambda each: _cost(plans[each], len(shape)))
     plan = plans[level] if level in plans else plans["layer"]  # of rows, columns and tiles none is left
     return plan._replace(shape=(shape[0], shape[1]))
 
@@ -103,8 +106,7 @@ def _plans(free: Tensor, tile: tuple[int, int] | None) -> list[FreezePlan]:
     return plans
 
 
-def _cost(plan: FreezePlan) -> float:
+def _cost(plan: FreezePlan, dimensions: int) -> float:
     """Expected time against the dense gradient's."""
-    if plan.level in COST:
-        return FIXED[plan.level] + COST[plan.level] * plan.work
-    return plan.work
+    fixed, slope = COST[dimensions].get(plan.level, (0.0, 1.0))
+    return fixed + slope * plan.work
