@@ -82,7 +82,9 @@ class Run:
         self.config, full = config, config.method == "full"
         torch.manual_seed(config.seed)
         freezes = config.schedule() is not None
-        layers = {} if full else lts_layers(config.bits, config.schedule(), saved=False, frozen_step=False)
+        layers: dict[str, Any] = (
+            {} if full else lts_layers(config.bits, config.schedule(), saved=False, frozen_step=False)
+        )
         self.model = ResNet(
             BasicBlock, (1, 1, 1), config.width, len(_textures.NAMES), _textures.FOLD**2, stem="cifar", **layers
         )

@@ -32,7 +32,7 @@ def nm_conv2d(
     mask: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.conv2d`` with :func:`nm_sparsify` of the weight, whose arguments these are."""
-    return F.conv2d(input, nm_sparsify(weight, scores, n, m, mask), bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return F.conv2d(input, nm_sparsify(weight, scores, n, m, mask), bias, stride, padding, dilation, groups)
 
 
 def srste_linear(input: Tensor, weight: Tensor, bias: Tensor | None, n: int, m: int, decay: float = 2e-4) -> Tensor:
@@ -53,4 +53,4 @@ def srste_conv2d(
     groups: int = 1,
 ) -> Tensor:
     """``torch.nn.functional.conv2d`` with :func:`srste_sparsify` of the weight, whose arguments these are."""
-    return F.conv2d(input, srste_sparsify(weight, n, m, decay), bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return F.conv2d(input, srste_sparsify(weight, n, m, decay), bias, stride, padding, dilation, groups)

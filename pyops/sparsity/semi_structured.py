@@ -72,7 +72,6 @@ def unpack_semi_structured(values: Tensor, metadata: Tensor) -> Tensor:
             f"{name}: metadata must be {word} of shape {(rows, columns // group // per_word)}, "
             f"got {metadata.dtype} of shape {tuple(metadata.shape)}"
         )
-    flat = torch.empty_like(metadata).flatten()
     order = _order(rows, metadata.shape[1], word, metadata.device)
     flat = metadata.flatten()[order].reshape(rows, -1).long()
     nibbles = (flat[..., None] >> torch.arange(per_word, device=flat.device) * 4 & 15).reshape(rows, -1)
@@ -125,5 +124,5 @@ def _order(rows: int, columns: int, word: torch.dtype, device: torch.device) -> 
 
 def _reordered(words: Tensor) -> Tensor:
     flat = torch.empty_like(words).flatten()
-    flat[_order(*words.shape, words.dtype, words.device)] = words.flatten()
+    flat[_order(words.shape[0], words.shape[1], words.dtype, words.device)] = words.flatten()
     return flat.reshape(words.shape)
