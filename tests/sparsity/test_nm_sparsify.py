@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from subject import Subject
 from torch import Tensor
 
-import tersor
 from tersor.freezing import unpack_mask
 from tersor.sparsity import nm_combinations, nm_remove_, nm_sparsify
 
@@ -196,4 +195,3 @@ def test_mask_bits_follow_the_groups() -> None:
     output = nm_sparsify(weight, scores, 2, 4)
     assert torch.equal(output[:, :2], weight[:, :2])
     assert not output[:, 2:].any()
-    assert tersor.backends() is not None
