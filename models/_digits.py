@@ -24,6 +24,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from tersor import DilatedAttention
+from tersor.models._command import StateError
 from tersor.models.dilateformer import VARIANTS, DilateFormer
 from tersor.models.eager import EagerDilatedAttention
 
@@ -33,10 +34,6 @@ LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
 TRAINING_IMAGES = 1347  # of 1797
 WARM_UP = 5  # steps of a process whose times are not counted
 OPTIONS = VARIANTS["dilateformer_nano"] | {"num_classes": 10, "drop_path": 0.05}
-
-
-class StateError(ValueError):
-    """A state file that cannot be used; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,8 @@ Writes into the output folder a picture (``digits.png``), the figures (``results
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tersor
+from tersor.models._command import between, folder, make_output, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,21 +30,7 @@ EXTRAS = {"matplotlib": "matplotlib", "rich": "rich", "safetensors": "safetensor
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the process's exit status."""
-    if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:
-        print(f'train_digits needs {", ".join(missing)}: pip install "tersor[demo]"', file=sys.stderr)
-        return 1
-    from tersor.models._digits import StateError
-
-    options = _parse(arguments)
-    try:
-        run(options)
-    except StateError as error:
-        print(f"train_digits: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with --resume goes on from {options.output}", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("train_digits", EXTRAS, _parse, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -90,41 +75,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tersor.models.train_digits", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--epochs", type=_between(1, 10_000), default=12, help="passes over the 1347 training digits (default 12)")
-    add("--batch-size", type=_between(2, TRAINING_IMAGES), default=64, help="digits per step (default 64)")
-    add("--seed", type=_between(0, 2**31 - 1), default=0, help="of weights, order and augmentation (default 0)")
+    add("--epochs", type=between(1, 10_000), default=12, help="passes over the 1347 training digits (default 12)")
+    add("--batch-size", type=between(2, TRAINING_IMAGES), default=64, help="digits per step (default 64)")
+    add("--seed", type=between(0, 2**31 - 1), default=0, help="of weights, order and augmentation (default 0)")
     # One thread by default: the same figures on every machine, and no threads that wait for each other on a busy one.
-    add("--threads", type=_between(1, 4096), default=1, help="CPU threads (default 1)")
-    add("--output", type=_folder, default=Path("demo"), help="folder of all files (default demo)")
+    add("--threads", type=between(1, 4096), default=1, help="CPU threads (default 1)")
+    add("--output", type=folder, default=Path("demo"), help="folder of all files (default demo)")
     add("--resume", action="store_true", help="go on from the state in the output folder")
     add("--device", type=_device, default="cpu", help="cpu (default), cuda or cuda:N")
     options = parser.parse_args(arguments)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.output).close()
-    except OSError as error:
-        parser.error(f"--output: cannot write to {options.output}: {error.strerror}")
+    make_output(parser, options.output)
     return options
-
-
-def _between(low: int, high: int) -> Any:
-    def whole_number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
-        return value
-
-    return whole_number
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file, not a folder")
-    return path
 
 
 def _device(text: str) -> str:

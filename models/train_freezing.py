@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tersor
+from tersor.models._command import between, folder, make_output, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,21 +42,7 @@ EXTRAS = {  # import name: distribution
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the process's exit status."""
-    if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:
-        print(f'train_freezing needs {", ".join(missing)}: pip install "tersor[demo]"', file=sys.stderr)
-        return 1
-    from tersor.models._digits import StateError
-
-    options = _parse(arguments)
-    try:
-        run(options)
-    except StateError as error:
-        print(f"train_freezing: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with --resume goes on from {options.output}", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("train_freezing", EXTRAS, _parse, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -93,30 +78,24 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    from tersor.models.train_digits import _between, _folder
-
     parser = argparse.ArgumentParser(
         prog="python -m tersor.models.train_freezing", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--epochs", type=_between(3, 10_000), default=15, help="of every run (default 15)")
-    add("--iterations", type=_between(1, 1_000_000), default=40, help="steps per epoch (default 40)")
-    add("--batch-size", type=_between(2, 4096), default=32, help="patches per step (default 32)")
-    add("--width", type=_between(1, 512), default=64, help="channels of the first stage (default 64)")
-    add("--bits", type=_between(2, 8), nargs="+", default=[3, 2], help="of the quantised runs (default 3 2)")
-    add("--seeds", type=_between(1, 100), default=3, help="runs of everything (default 3)")
-    add("--test-patches", type=_between(1, 4096), default=1024, help="of each photograph (default 1024)")
+    add("--epochs", type=between(3, 10_000), default=15, help="of every run (default 15)")
+    add("--iterations", type=between(1, 1_000_000), default=40, help="steps per epoch (default 40)")
+    add("--batch-size", type=between(2, 4096), default=32, help="patches per step (default 32)")
+    add("--width", type=between(1, 512), default=64, help="channels of the first stage (default 64)")
+    add("--bits", type=between(2, 8), nargs="+", default=[3, 2], help="of the quantised runs (default 3 2)")
+    add("--seeds", type=between(1, 100), default=3, help="runs of everything (default 3)")
+    add("--test-patches", type=between(1, 4096), default=1024, help="of each photograph (default 1024)")
     # One by default: the number changes the last bits, and on a busy machine two wait for each other.
-    add("--threads", type=_between(1, 4096), default=1, help="CPU threads (default 1)")
-    add("--output", type=_folder, default=Path("demo_freezing"), help="folder of all files (default demo_freezing)")
+    add("--threads", type=between(1, 4096), default=1, help="CPU threads (default 1)")
+    add("--output", type=folder, default=Path("demo_freezing"), help="folder of all files (default demo_freezing)")
     add("--resume", action="store_true", help="go on from the states in the output folder")
     options = parser.parse_args(arguments)
     options.bits = sorted(set(options.bits), reverse=True)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.output).close()
-    except OSError as error:
-        parser.error(f"--output: cannot write to {options.output}: {error.strerror}")
+    make_output(parser, options.output)
     return options
 
 

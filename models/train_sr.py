@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tersor
+from tersor.models._command import between, folder, make_output, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,21 +42,7 @@ TITLES = {"full": "full precision", "ddtb": "DDTB", "symmetric": "symmetric"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the process's exit status."""
-    if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:
-        print(f'train_sr needs {", ".join(missing)}: pip install "tersor[demo]"', file=sys.stderr)
-        return 1
-    from tersor.models._digits import StateError
-
-    options = _parse(arguments)
-    try:
-        run(options)
-    except StateError as error:
-        print(f"train_sr: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with --resume goes on from {options.output}", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("train_sr", EXTRAS, _parse, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -115,33 +100,27 @@ def _title(method: str, bits: int) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    from tersor.models.train_digits import _between, _folder
-
     parser = argparse.ArgumentParser(
         prog="python -m tersor.models.train_sr", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
     # Below 6 epochs the published schedule has no dynamic bounds.
-    add("--epochs", type=_between(6, 10_000), default=10, help="of each student, at least 6 (default 10)")
-    add("--teacher-epochs", type=_between(1, 10_000), default=40, help="in full precision (default 40)")
-    add("--iterations", type=_between(1, 1_000_000), default=200, help="steps per epoch (default 200)")
-    add("--batch-size", type=_between(1, 4096), default=8, help="patches per step (default 8)")
-    add("--patch", type=_between(8, 96), default=16, help="low-resolution pixels, squared (default 16)")
-    add("--blocks", type=_between(1, 64), default=2, help="residual blocks (default 2)")
-    add("--channels", type=_between(1, 512), default=32, help="of every block (default 32)")
-    add("--bits", type=_between(2, 8), nargs="+", default=[4, 2], help="of the students (default 4 2)")
-    add("--seeds", type=_between(1, 100), default=3, help="runs at the lowest of the bits (default 3); one elsewhere")
+    add("--epochs", type=between(6, 10_000), default=10, help="of each student, at least 6 (default 10)")
+    add("--teacher-epochs", type=between(1, 10_000), default=40, help="in full precision (default 40)")
+    add("--iterations", type=between(1, 1_000_000), default=200, help="steps per epoch (default 200)")
+    add("--batch-size", type=between(1, 4096), default=8, help="patches per step (default 8)")
+    add("--patch", type=between(8, 96), default=16, help="low-resolution pixels, squared (default 16)")
+    add("--blocks", type=between(1, 64), default=2, help="residual blocks (default 2)")
+    add("--channels", type=between(1, 512), default=32, help="of every block (default 32)")
+    add("--bits", type=between(2, 8), nargs="+", default=[4, 2], help="of the students (default 4 2)")
+    add("--seeds", type=between(1, 100), default=3, help="runs at the lowest of the bits (default 3); one elsewhere")
     # One by default: the number changes the last bits, and on a busy machine two wait for each other, 5 times slower.
-    add("--threads", type=_between(1, 4096), default=1, help="CPU threads (default 1)")
-    add("--output", type=_folder, default=Path("demo_sr"), help="folder of all files (default demo_sr)")
+    add("--threads", type=between(1, 4096), default=1, help="CPU threads (default 1)")
+    add("--output", type=folder, default=Path("demo_sr"), help="folder of all files (default demo_sr)")
     add("--resume", action="store_true", help="go on from the states in the output folder")
     options = parser.parse_args(arguments)
     options.bits = sorted(set(options.bits), reverse=True)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.output).close()
-    except OSError as error:
-        parser.error(f"--output: cannot write to {options.output}: {error.strerror}")
+    make_output(parser, options.output)
     return options
 
 

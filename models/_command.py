@@ -1,0 +1,75 @@
+"""What the training commands share: refusals, exit status, and the kinds of their options."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class StateError(ValueError):
+    """A state file that cannot be used; the message says why and what to do."""
+
+
+def run_command(
+    name: str,
+    extras: Mapping[str, str],
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    run: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Runs a training command; returns the process's exit status.
+
+    Args:
+        name: of the command, for its messages.
+        extras: the modules that it needs, and the distributions that have them.
+        parse: arguments to options, with ``output`` among them.
+        run: does the work.
+        arguments: None for those of the process.
+    """
+    if missing := [distribution for module, distribution in extras.items() if importlib.util.find_spec(module) is None]:
+        print(f'{name} needs {", ".join(missing)}: pip install "tersor[demo]"', file=sys.stderr)
+        return 1
+    options = parse(arguments)
+    try:
+        run(options)
+    except StateError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with --resume goes on from {options.output}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_output(parser: argparse.ArgumentParser, output: Path) -> None:
+    """Makes the output folder, or ends with an error that says why it cannot be written to."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        parser.error(f"--output: cannot write to {output}: {error.strerror}")
+
+
+def between(low: int, high: int) -> Any:
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        return value
+
+    return whole_number
+
+
+def folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, not a folder")
+    return path
