@@ -51,16 +51,22 @@ def check_same(where: str, **tensors: torch.Tensor) -> None:
             )
 
 
+def check_pair(where: str, name: str, value: Any, least: int) -> list[int]:
+    """The argument as two ints, for rows and columns; one int stands for both."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, (int, Sequence)):
+        raise TypeError(f"{where}: {name} must be an int or two ints, got {type(value).__name__}")
+    pair = [as_int(where, **{name: v}) for v in ([value, value] if isinstance(value, int) else value)]
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{where}: {name} must be an int or two ints of at least {least}, got {value!r}")
+    return pair
+
+
 def check_window(
     where: str, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]:
     """Each as two ints, for rows and columns."""
-    pairs = []
-    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if isinstance(value, (str, bytes)) or not isinstance(value, (int, Sequence)):
-            raise TypeError(f"{where}: {name} must be an int or two ints, got {type(value).__name__}")
-        pair = [as_int(where, **{name: v}) for v in ([value, value] if isinstance(value, int) else value)]
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{where}: {name} must be an int or two ints of at least {least}, got {value!r}")
-        pairs.append(pair)
-    return pairs[0], pairs[1], pairs[2]
+    return (
+        check_pair(where, "stride", stride, 1),
+        check_pair(where, "padding", padding, 0),
+        check_pair(where, "dilation", dilation, 1),
+    )

@@ -136,7 +136,7 @@ def autocast_tensors(device_type: str, *tensors: torch.Tensor) -> tuple[torch.Te
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _register_autocast(name: str, overload: Any, device: str) -> None:

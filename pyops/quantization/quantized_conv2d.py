@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tersor._checks import as_int, check_floating, check_window
 from tersor._operator import operator
+from tersor._window import check_fits, empty_output, is_channels_last, output_sizes
 from tersor.quantization._quantizer import check_bits
 from tersor.quantization.fake_quantize_bounds import check_bounds
 
@@ -154,13 +155,8 @@ def convolve(
     bits = check_bits(name, bits)
     if bits == 32:
         raise ValueError(f"{name}: bits must be 2 to 8, got 32")
-    sizes = _output_sizes(input.shape, weight.sums.shape, stride, padding, dilation)
-    if min(sizes) < 1:
-        raise ValueError(
-            f"{name}: input must be at least as large as the window, got input {tuple(input.shape)} for "
-            f"kernel {tuple(weight.sums.shape[1:])}, padding {tuple(padding)} and dilation {tuple(dilation)}"
-        )
-    channels_last = channels_last or _is_channels_last(input)
+    check_fits(name, input.shape, weight.sums.shape[1:], stride, padding, dilation)
+    channels_last = channels_last or is_channels_last(input)
     window = (list(stride), list(padding), list(dilation))
     try:
         return _quantized_conv2d.overload(
@@ -171,14 +167,6 @@ def convolve(
         if input.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bounds(lower, upper, name)
         raise
-
-
-def _is_channels_last(input: Tensor) -> bool:
-    """And not contiguous as well. Within vmap torch does not say."""
-    _, channels, height, width = input.shape
-    expected = (height * width * channels, 1, width * channels, channels)
-    dense = all(n == 1 or s == e for n, s, e in zip(input.shape, input.stride(), expected, strict=True))
-    return dense and not input.is_contiguous()
 
 
 def _check_input(
@@ -201,13 +189,6 @@ def _check_input(
         if tensor.device != input.device:
             raise ValueError(f"{name}: {argument} must be on the device of input {input.device}, got {tensor.device}")
     return lower.float(), upper.float()
-
-
-def _output_sizes(
-    input: Sequence[int], sums: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    windows = zip(input[2:], sums[1:], stride, padding, dilation, strict=True)
-    return [(size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in windows]
 
 
 def _reference(
@@ -244,12 +225,7 @@ def _reference(
     output = total * (weight_scale.double().view(-1, 1, 1) / scale.double())
     if bias is not None:
         output = output + bias.double().view(-1, 1, 1)
-    return _empty_output(input, output.shape, channels_last).copy_(output.float())
-
-
-def _empty_output(input: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=format)
+    return empty_output(input, output.shape, channels_last).copy_(output.float())
 
 
 def _unblock(blocks: Tensor, outputs: int, channels: int) -> Tensor:
@@ -261,8 +237,8 @@ def _unblock(blocks: Tensor, outputs: int, channels: int) -> Tensor:
 
 def _fake(input: Tensor, weight: Tensor, weight_sums: Tensor, *args: Any) -> Tensor:
     stride, padding, dilation, _, channels_last = args[-5:]
-    sizes = _output_sizes(input.shape, weight_sums.shape, stride, padding, dilation)
-    return _empty_output(input, (input.shape[0], weight_sums.shape[0], *sizes), channels_last)
+    sizes = output_sizes(input.shape, weight_sums.shape[1:], stride, padding, dilation)
+    return empty_output(input, (input.shape[0], weight_sums.shape[0], *sizes), channels_last)
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:

@@ -15,12 +15,12 @@ from tersor._checks import as_int
 MOST_COMBINATIONS = 4096
 
 
-def check_pattern(where: str, n: int, m: int) -> tuple[int, int]:
-    """``n`` and ``m`` as ints, with 1 <= n < m <= 16."""
+def check_pattern(where: str, n: int, m: int, scored: bool = True) -> tuple[int, int]:
+    """``n`` and ``m`` as ints, with 1 <= n < m <= 16, and where combinations are scored not too many of them."""
     n, m = as_int(where, n=n), as_int(where, m=m)
     if not 1 <= n < m <= 16:
         raise ValueError(f"{where}: n and m must satisfy 1 <= n < m <= 16, got {n}:{m}")
-    if math.comb(m, n) > MOST_COMBINATIONS:
+    if scored and math.comb(m, n) > MOST_COMBINATIONS:
         raise ValueError(f"{where}: {n}:{m} has {math.comb(m, n)} combinations, more than {MOST_COMBINATIONS}")
     return n, m
 

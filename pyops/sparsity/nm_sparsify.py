@@ -49,6 +49,7 @@ def nm_sparsify(weight: Tensor, scores: Tensor, n: int, m: int, mask: Tensor | N
 
 
 def check_scores(where: str, scores: Any, groups: int | None, n: int, m: int, weight: Tensor | None = None) -> None:
+    """Raises unless ``scores`` has a row of n:m's combinations per group, of the dtype and device for ``weight``."""
     check_floating(where, scores=scores)
     combinations = math.comb(m, n)
     expected = ("G" if groups is None else groups, combinations)
@@ -59,6 +60,23 @@ def check_scores(where: str, scores: Any, groups: int | None, n: int, m: int, we
             raise TypeError(f"{where}: scores must be {exact_dtype(weight.dtype)}, got {scores.dtype}")
         if scores.device != weight.device:
             raise ValueError(f"{where}: scores must be on the device of weight {weight.device}, got {scores.device}")
+
+
+def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
+    """The packed mask of the positions that an alive combination keeps, as :func:`nm_remove_` returns it.
+
+    Args:
+        scores, n, m: as for :func:`nm_sparsify`.
+
+    Returns:
+        uint8, one bit per weight, in the order of the groups: bit ``i % 8`` of byte ``i // 8``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+    """
+    n, m = check_pattern("nm_mask", n, m)
+    check_scores("nm_mask", scores, None, n, m)
+    return pack_mask(alive_mask(scores.detach(), n, m))
 
 
 def alive_mask(scores: Tensor, n: int, m: int) -> Tensor:
