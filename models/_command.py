@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
+import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+import tersor
+
+PHOTOGRAPHS = {  # what their commands need: import name and distribution
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+}
 
 
 class StateError(ValueError):
@@ -73,3 +88,24 @@ def folder(text: str) -> Path:
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a file, not a folder")
     return path
+
+
+def about() -> dict[str, str]:
+    """Machine, date, versions, commit."""
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": done.stdout.strip() if done.returncode == 0 else "unknown",
+        "processor": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "torch": torch.__version__,
+        "tersor": tersor.__version__,
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

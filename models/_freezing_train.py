@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 from tersor.freezing import FreezeSchedule, FrozenSGD, frozen_ratio, frozen_weights, initialize_, refresh_
 from tersor.models import _textures
 from tersor.models._classification import load_by_position, lts_layers
-from tersor.models._digits import StateError, read_safetensors, write_safetensors
+from tersor.models._training_state import load_state, save_state
 from tersor.models.resnet import BasicBlock, ResNet
 
 METHODS = ("full", "qat", "element", "tile", "channel")
@@ -175,42 +174,10 @@ def train(
     torch.set_num_threads(config.threads)
     run, progress, path = Run(config, start), Progress(), config.state_file(output)
     if resume and path.exists():
-        progress = _load_state(path, run)
+        progress = load_state(path, run.model, run.optimizers, config, Progress)
     while len(progress.loss) < config.epochs:
         run.epoch(len(progress.loss), progress, lambda step: report(progress, step))
         if len(progress.loss) == config.epochs:
             progress.accuracy = accuracy(run.model, config.test_patches)
-        _save_state(path, run, progress)
+        save_state(path, run.model, run.optimizers, config, progress)
     return run.model.eval(), progress
-
-
-def _save_state(path: Path, run: Run, progress: Progress) -> None:
-    tensors = {f"model.{name}": value for name, value in run.model.state_dict().items()}
-    for number, optimizer in enumerate(run.optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{number}.{index}.{name}": v for name, v in state.items() if isinstance(v, Tensor)}
-    scalars = {"config": dataclasses.asdict(run.config), "progress": dataclasses.asdict(progress)}
-    write_safetensors(path, {n: t.clone().contiguous() for n, t in tensors.items()}, {"state": json.dumps(scalars)})
-
-
-def _load_state(path: Path, run: Run) -> Progress:
-    tensors, metadata = read_safetensors(path)
-    try:
-        scalars = json.loads(metadata["state"])
-        theirs, progress = scalars["config"], Progress(**scalars["progress"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise StateError(f"{path} holds no training state ({error!r}): remove it, or start without --resume") from None
-    ours = dataclasses.asdict(run.config)
-    if differ := [f"{k} {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
-        raise StateError(f"{path} is from another run ({'; '.join(differ)}): give its options, or drop --resume")
-    try:
-        run.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-        for number, optimizer in enumerate(run.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for key in [key for key in tensors if key.startswith(f"{number}.")]:
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = tensors[key]
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise StateError(f"{path} does not fit this model ({error}): start without --resume") from None
-    return progress

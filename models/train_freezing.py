@@ -11,11 +11,8 @@ accuracies and of the backward pass over time, and the states that ``--resume`` 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,26 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import tersor
-from tersor.models._command import between, folder, make_output, run_command
+from tersor.models._command import PHOTOGRAPHS, about, between, folder, make_output, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tersor.models._freezing_train import Config, Progress
 
-EXTRAS = {  # import name: distribution
-    "matplotlib": "matplotlib",
-    "rich": "rich",
-    "safetensors": "safetensors",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the process's exit status."""
-    return run_command("train_freezing", EXTRAS, _parse, run, arguments)
+    return run_command("train_freezing", PHOTOGRAPHS, _parse, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -167,29 +155,8 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def _about() -> dict[str, str]:
-    """Machine, date, versions, commit."""
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": done.stdout.strip() if done.returncode == 0 else "unknown",
-        "processor": models[0].partition(":")[2].strip() if models else platform.machine(),
-        "torch": torch.__version__,
-        "tersor": tersor.__version__,
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _write_results(path: Path, options: argparse.Namespace, groups: dict[tuple[str, int], list[Progress]]) -> Path:
-    contents: dict[str, Any] = {"about": _about()}
+    contents: dict[str, Any] = {"about": about()}
     contents["options"] = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
     for (method, bits), runs in groups.items():
         contents[f"{method} {bits}-bit"] = [vars(run) for run in runs]
@@ -198,8 +165,8 @@ def _write_results(path: Path, options: argparse.Namespace, groups: dict[tuple[s
 
 
 def _write_page(path: Path, rows: list[list[str]]) -> Path:
-    about = ", ".join(f"{name} {value}" for name, value in _about().items())
-    lines = ["# Freezing during quantisation-aware training", "", about, ""]
+    line = ", ".join(f"{name} {value}" for name, value in about().items())
+    lines = ["# Freezing during quantisation-aware training", "", line, ""]
     lines += [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
     lines += ["", "![accuracy](accuracy.png)", "", "![freezing over time](freezing.png)"]
     path.write_text("\n".join(lines) + "\n")

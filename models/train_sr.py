@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tersor
-from tersor.models._command import between, folder, make_output, run_command
+from tersor.models._command import PHOTOGRAPHS, between, folder, make_output, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,19 +30,12 @@ if TYPE_CHECKING:
     from tersor.models._sr_train import Config, Progress
     from tersor.models.edsr import EDSR
 
-EXTRAS = {
-    "matplotlib": "matplotlib",
-    "rich": "rich",
-    "safetensors": "safetensors",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-}
 TITLES = {"full": "full precision", "ddtb": "DDTB", "symmetric": "symmetric"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the process's exit status."""
-    return run_command("train_sr", EXTRAS, _parse, run, arguments)
+    return run_command("train_sr", PHOTOGRAPHS, _parse, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
