@@ -131,9 +131,14 @@ def call_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def is_autocast_enabled(device_type: str) -> bool:
+    """Torch's own refuses the meta device."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast_tensors(device_type: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on for the device, else as they are."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

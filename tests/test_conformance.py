@@ -118,12 +118,14 @@ def test_autocast(subject: Subject, run: tuple[str, str]) -> None:
     with torch.autocast(device, half):
         output = subject(*tensors)
         for name in subject.operators:
-            if REGISTRY[name].derivative is not None:
+            if REGISTRY[name].derivative is not None or not subject.differentiable:
                 direct = REGISTRY[name].overload(*subject.raw(name, subject.sizes[0], torch.float32, device))
                 assert (direct if isinstance(direct, torch.Tensor) else direct[0]).dtype == half
     assert output.dtype == half
     expected = subject(*(t.detach().to(half) for t in tensors))
     assert torch.equal(output, expected)
+    if not subject.differentiable:
+        return
     output.sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in tensors)
 
@@ -338,8 +340,8 @@ def test_inputs_are_left_alone(subject: Subject, run: tuple[str, str]) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_values(subject: Subject, value: float, run: tuple[str, str]) -> None:
     """Non-finite results appear just where plain torch has them, and finite ones stay right."""
-    # A quantiser refuses such parameters.
-    for which in range(1 if subject.quantizer else len(subject.make(torch.float32, run[0]))):
+    # A quantiser refuses such parameters, and packing such weights.
+    for which in range(1 if subject.quantizer or subject.skips else len(subject.make(torch.float32, run[0]))):
         tensors = subject.make(torch.float32, run[0], size=sizes_of(subject, run)[-1])
         with torch.no_grad():
             tensors[which].view(-1)[tensors[which].numel() // 2] = value
@@ -348,7 +350,9 @@ def test_non_finite_values(subject: Subject, value: float, run: tuple[str, str])
             continue
         for e, o in zip(gradients(subject.exact, clones(tensors)), gradients(subject, clones(tensors)), strict=True):
             finite = e.isfinite()
-            assert torch.equal(o.isfinite(), finite)
+            assert (
+                torch.equal(o.isfinite() | finite, o.isfinite()) if subject.skips else torch.equal(o.isfinite(), finite)
+            )
             torch.testing.assert_close(o[finite], e[finite], atol=1e-4, rtol=1e-4)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tersor._checks import check_floating
-from tersor._operator import operator
+from tersor._operator import is_autocast_enabled, operator
 from tersor.sparsity.nm_pack import check_packed, unpack_rows
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "gelu": F.gelu}
@@ -55,7 +55,7 @@ def nm_matmul(
 
 def check_operands(where: str, input: Tensor, values: Tensor, bias: Tensor | None, activation: str) -> None:
     """Dtypes, devices, bias and activation of a product whose input and values fit each other."""
-    if not torch.is_autocast_enabled(input.device.type):  # which makes them the same
+    if not is_autocast_enabled(input.device.type):  # which makes them the same
         if input.dtype not in DTYPES:
             raise TypeError(f"{where}: input must be float16, bfloat16 or float32, got {input.dtype}")
         if values.dtype != input.dtype:

@@ -48,7 +48,7 @@ def nm_pack(weight: Tensor, mask: Tensor | None, n: int, m: int) -> tuple[Tensor
         Values ``(O, K / m, n)`` with K = KH KW I, and the index, uint8 ``(O, bytes of a row)``.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated; or a group has more than n kept elements.
+        TypeError, ValueError: an argument is not as stated, or not finite; or a group has more than n kept elements.
     """
     name = "nm_pack"
     n, m = check_pattern(name, n, m, scored=False)
@@ -59,6 +59,8 @@ def nm_pack(weight: Tensor, mask: Tensor | None, n: int, m: int) -> tuple[Tensor
             f"got shape {tuple(weight.shape)}"
         )
     weight = weight.detach()
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}: weight must be finite, got {int((~weight.isfinite()).sum())} elements that are not")
     outputs, row = weight.shape[0], math.prod(weight.shape[1:])
     groups = to_groups(weight, m).reshape(outputs, row // m, m)
     kept = _kept(name, mask, weight, groups, m)

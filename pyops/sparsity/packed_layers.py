@@ -218,7 +218,7 @@ def _pattern(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, (NMLinear, NMConv2d)):
         return layer.n, layer.m
     if parametrize.is_parametrized(layer, "weight"):
-        last = list(layer.parametrizations["weight"])[-1]  # type: ignore[arg-type, index]
+        last = list(layer.parametrizations["weight"])[-1]  # type: ignore[index]
         return (last.n, last.m) if isinstance(last, SrSte) else None
     return None
 

@@ -89,6 +89,8 @@ def on_triton(monkeypatch):
     monkeypatch.setattr(nm_remove, "HELD", 32)
     with tersor.use_backend("triton"):
         assert sorted(OPERATORS) == [
+            "nm_matmul",
+            "nm_packed_conv2d",
             "nm_remove",
             "nm_sparsify_backward",
             "nm_sparsify_forward",

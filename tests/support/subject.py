@@ -42,6 +42,7 @@ class Subject:
         autocast: under autocast it works in that dtype, else in its tensors'.
         surrogate: its gradient is not its derivative; that of ``exact`` is meant.
         changes: what it changes in place has to be mapped under vmap, whatever else is.
+        skips: it leaves out products with zeros, so that what is not finite may reach fewer results than in ``exact``.
         inner: no user calls it; the class of this package that does has checked the arguments.
     """
 
@@ -63,6 +64,7 @@ class Subject:
     autocast: bool = True
     surrogate: bool = False
     changes: bool = False
+    skips: bool = False
     inner: bool = False
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,155 @@
+// The host's side of products with a packed N:M weight: checks, the table of places, and the sharing out of work.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace tersor::nm_product {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t TILE = 64;              // columns
+constexpr int64_t TILE_BYTES = 24 << 10;  // of the transposed input: half of an L1 cache of 48 KiB
+constexpr int64_t SUMS = 256 << 10;       // of a unit: 1 MiB, half of an L2 cache
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+inline std::unique_ptr<char, Free> scratch_memory(int64_t bytes) {
+  std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  if (!memory) throw std::bad_alloc();
+#ifdef TERSOR_POISON
+  std::memset(memory.get(), 0xff, bytes);
+#endif
+  return memory;
+}
+
+inline int index_bits(int64_t n, int64_t m) {
+  if (n == 1) return m == 2 ? 1 : m <= 4 ? 2 : 4;
+  return m <= 4 ? 4 : m <= 8 ? 8 : 16;
+}
+
+inline std::unique_ptr<Places> make_places(int n, int m) {
+  auto made = std::make_unique<Places>();
+  const int bits = index_bits(n, m), groups = bits == 16 ? 1 : 8 / bits;
+  made->wide = bits == 16, made->values = groups * n, made->elements = groups * m;
+  made->bits = n == 1 ? bits : n == 2 && m <= 4 ? 2 : 0;
+  const auto inside = [m](int place) { return static_cast<uint8_t>(place < m ? place : m - 1); };
+  for (int byte = 0; byte < 256; ++byte) {
+    uint8_t* const place = made->place[byte];
+    std::fill(place, place + 8, uint8_t(0));
+    int count = 0;
+    for (int g = 0; g < groups; ++g) {
+      const int code = bits == 16 ? byte : byte >> (g * bits) & ((1 << bits) - 1);
+      const uint8_t start = static_cast<uint8_t>(g * m);
+      if (n == 1) {
+        place[count++] = start + inside(code);
+      } else if (n == 2 && m <= 4) {
+        place[count++] = start + inside(code & 3), place[count++] = start + inside(code >> 2);
+      } else {
+        int found = 0;
+        for (int bit = 0; bit < 8; ++bit) {
+          if (code >> bit & 1 && (bits == 16 || found < n)) place[count + found++] = start + inside(bit);
+        }
+        count += bits == 16 ? found : n;
+      }
+    }
+    made->count[byte] = static_cast<uint8_t>(count);
+  }
+  return made;
+}
+
+// Made once for every pattern.
+inline const Places* places_of(int64_t n, int64_t m) {
+  static std::mutex mutex;
+  static std::unique_ptr<Places> all[17][17];
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!all[n][m]) all[n][m] = make_places(static_cast<int>(n), static_cast<int>(m));
+  return all[n][m].get();
+}
+
+inline Activation activation_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "none" || name == "relu" || name == "gelu", "activation must be none, relu or gelu");
+  return name == "relu" ? Activation::relu : name == "gelu" ? Activation::gelu : Activation::none;
+}
+
+// The operands of a product, checked and dense. Python has said the same in better words; this guards the memory.
+struct Operands {
+  Tensor values, index;
+  std::optional<Tensor> bias;
+
+  Operands(const Tensor& input, const Tensor& given_values, const Tensor& given_index,
+           const std::optional<Tensor>& given_bias, int64_t n, int64_t m, const std::string& activation, Task& task)
+      : values(torch::stable::contiguous(given_values)), index(torch::stable::contiguous(given_index)) {
+    const ScalarType dtype = input.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                    "input must be float16, bfloat16 or float32");
+    STD_TORCH_CHECK(n >= 1 && n < m && m <= 16, "n and m must satisfy 1 <= n < m <= 16");
+    STD_TORCH_CHECK(values.is_cpu() && values.scalar_type() == dtype && values.dim() == 3 && values.size(2) == n,
+                    "values must be (O, K / m, n), of the input's dtype and on the CPU");
+    task.index_row = (values.size(1) * index_bits(n, m) + 7) / 8;
+    STD_TORCH_CHECK(index.is_cpu() && index.scalar_type() == ScalarType::Byte && index.dim() == 2 &&
+                        index.size(0) == values.size(0) && index.size(1) == task.index_row,
+                    "index must be uint8, a row of bytes for each row of values");
+    task.n = n, task.m = m, task.places = places_of(n, m), task.activation = activation_of(activation);
+    task.values = values.const_data_ptr(), task.index = static_cast<const uint8_t*>(index.const_data_ptr());
+    if (!given_bias) return;
+    bias = torch::stable::contiguous(*given_bias);
+    STD_TORCH_CHECK(bias->is_cpu() && bias->scalar_type() == dtype && bias->dim() == 1 && bias->size(0) == values.size(0),
+                    "bias must have one element per output, of the input's dtype and on the CPU");
+    task.bias = bias->const_data_ptr();
+  }
+};
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+inline void choose_tile(Task& task, int lanes) {
+  task.tile = std::min(TILE, round_up(task.columns, lanes));
+  const int64_t elements = TILE_BYTES / (task.tile * static_cast<int64_t>(sizeof(float)));
+  task.chunk = std::max<int64_t>(1, elements / task.places->elements) * task.places->elements;
+}
+
+// Runs `do_unit` on all tiles of columns, groups and parts of the outputs.
+inline void run_units(const Task& task, void (*do_unit)(const Task&, const Unit&, void*),
+                      int64_t (*scratch)(const Task&, int64_t)) {
+  const int64_t tiles = (task.columns + task.tile - 1) / task.tile, threads = torch::stable::get_num_threads();
+  int64_t parts = (task.outputs * task.tile + SUMS - 1) / SUMS;
+  const int64_t units = tiles * task.groups * parts;
+  if (units % threads && units < 4 * threads) parts *= std::max<int64_t>(1, std::min(threads, task.outputs / parts / 32));
+  const int64_t size = round_up((task.outputs + parts - 1) / parts, 16), bytes = scratch(task, size);
+  parts = (task.outputs + size - 1) / size;
+  torch::stable::parallel_for(0, tiles * task.groups * parts, 1, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch_memory(bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % parts, tile = i / parts / task.groups;
+      const Unit unit{i / parts % task.groups, tile * task.tile, std::min(task.columns, (tile + 1) * task.tile),
+                      part * size, std::min(task.outputs, (part + 1) * size)};
+      do_unit(task, unit, memory.get());
+    }
+  });
+}
+
+// With the kernels of one kept of many, where the level has them and all that is side by side in memory is a channel.
+inline bool run_lone(Task& task, const LoneKernels& kernels) {
+  if (!kernels.unit || task.n != 1 || task.m < 5 || task.input_c != 1 || task.output_c != 1) return false;
+  task.tile = std::min(task.columns, kernels.columns);
+  run_units(task, kernels.unit, kernels.scratch);
+  return true;
+}
+
+}  // namespace
+}  // namespace tersor::nm_product
