@@ -155,12 +155,12 @@ static void do_lone_unit(const Task& task, const Unit& unit, void* memory) {
 }
 
 template <class T>
-static LoneKernels lone_kernels() {
+static UnitKernels lone_kernels() {
   return {do_lone_unit<T>, lone_scratch, MOST_COLUMNS};
 }
 #else
 template <class T>
-static LoneKernels lone_kernels() {
+static UnitKernels lone_kernels() {
   return {};
 }
 #endif

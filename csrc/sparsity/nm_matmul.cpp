@@ -11,6 +11,7 @@
 namespace tersor::nm_product {
 namespace {
 
+constexpr int64_t FEW_FOR_TILES = 5;  // columns from which on matrix tiles are faster
 constexpr int64_t FEW = 8;  // columns up to which the weight is read along its rows
 
 // The columns in float32, side by side.
@@ -28,6 +29,7 @@ const float* widened(const T* input, int64_t count, std::unique_ptr<char, Free>&
 
 template <class T>
 void run(Task& task) {
+  if (std::is_same_v<T, BFloat16> && run_tiles(task, TERSOR_FOR_ISA(tile_kernels)(), FEW_FOR_TILES)) return;
   if (run_lone(task, TERSOR_FOR_ISA(lone_kernels<T>)())) return;
   if (task.columns <= FEW) {
     std::unique_ptr<char, Free> memory;
@@ -39,7 +41,7 @@ void run(Task& task) {
     });
     return;
   }
-  choose_tile(task, TERSOR_FOR_ISA(LANES));
+  choose_tile(task);
   run_units(task, TERSOR_FOR_ISA(do_unit<T>), TERSOR_FOR_ISA(scratch));
 }
 

@@ -2,4 +2,5 @@
 
 #include "sparsity/nm_product_kernels.h"
 #include "sparsity/nm_lone_kernels.h"
+#include "sparsity/nm_tile_kernels.h"
 #include "sparsity/nm_vector_kernels.h"

@@ -13,8 +13,9 @@ namespace {
 
 template <class T>
 void run_convolution(Task& task) {
+  if (std::is_same_v<T, BFloat16> && run_tiles(task, TERSOR_FOR_ISA(tile_kernels)(), 1)) return;
   if (run_lone(task, TERSOR_FOR_ISA(lone_kernels<T>)())) return;
-  choose_tile(task, TERSOR_FOR_ISA(LANES));
+  choose_tile(task);
   run_units(task, TERSOR_FOR_ISA(do_unit<T>), TERSOR_FOR_ISA(scratch));
 }
 

@@ -2,3 +2,4 @@
 
 #include "sparsity/nm_product_kernels.h"
 #include "sparsity/nm_lone_kernels.h"
+#include "sparsity/nm_tile_kernels.h"

@@ -8,6 +8,7 @@
 
 namespace tersor::nm_product {
 
+constexpr int64_t TILE = 64;   // columns of the input that are transposed into the L1 cache
 constexpr int64_t SLACK = 32;  // offsets that may be written beyond the last one
 
 enum class Activation : int { none = 0, relu = 1, gelu = 2 };
@@ -43,7 +44,7 @@ struct Task {
   void* output;
   int64_t output_n, output_c, output_w;
 
-  int64_t tile;   // columns of a tile
+  int64_t tile;   // columns of a unit
   int64_t chunk;  // elements of a row whose products are added at a time
 
   int64_t row() const { return taps * channels; }
@@ -55,8 +56,8 @@ struct Unit {  // columns [first, last) times outputs [from, to) of one group
   int64_t group, first, last, from, to;
 };
 
-// Kernels for one of 5 to 16 kept, at the levels that have them.
-struct LoneKernels {
+// Kernels that only some levels or processors have.
+struct UnitKernels {
   void (*unit)(const Task&, const Unit&, void* memory);
   int64_t (*scratch)(const Task&, int64_t outputs);
   int64_t columns;  // of a unit

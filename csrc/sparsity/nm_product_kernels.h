@@ -8,21 +8,21 @@ namespace TERSOR_ISA {
 using namespace ::tersor::TERSOR_ISA;
 
 constexpr int LANES = Simd<float>::lanes;
-constexpr int MOST_VECTORS = TERSOR_ISA_LEVEL == 2 ? 8 : 4;  // of columns at a time: 16 sums in 32 registers, 8 in 16
 
 constexpr int TABLE = 256 * 8;  // places of every byte of the index
 
-// One thread's memory.
+// One thread's memory. The sums of each tile of columns lie together.
 struct Workspace {
   float *input, *sums, *values;
   uint16_t *offsets, *table;
   const void** pixels;
+  int64_t tile_sums, offsets_row;
 
-  Workspace(const Task& task, int64_t outputs, Arena& arena) {
-    const int64_t kept = task.chunk / task.m * task.n + SLACK;
-    input = arena.take<float>((task.chunk + 16) * task.tile);  // a damaged mask may point up to 16 rows too far
-    sums = arena.take<float>((outputs + 4) * task.tile + LANES);
-    values = arena.take<float>(4 * kept), offsets = arena.take<uint16_t>(4 * kept);
+  Workspace(const Task& task, int64_t outputs, Arena& arena)
+      : tile_sums((outputs + 4) * TILE + LANES), offsets_row((task.chunk / task.m * task.n + SLACK + 7) / 32 * 32) {
+    input = arena.take<float>((task.chunk + 16) * TILE);  // a damaged mask may point up to 16 rows too far
+    sums = arena.take<float>(task.tile / TILE * tile_sums);
+    values = arena.take<float>(4 * offsets_row), offsets = arena.take<uint16_t>(outputs * offsets_row + SLACK);
     table = arena.take<uint16_t>(TABLE), pixels = arena.take<const void*>(task.tile + LANES);
   }
 };
@@ -56,7 +56,7 @@ static void find_pixels(const Task& task, const Unit& unit, int64_t tap, const v
 
 // Channels [first, last) of the columns, one row of the tile each; where channels lie side by side.
 template <class T>
-static void fill_points(const Task& task, const void* const* pixels, int64_t columns, int64_t first, int64_t last,
+static void fill_points(const void* const* pixels, int64_t columns, int64_t pitch, int64_t first, int64_t last,
                         float* tile) {
   constexpr int parts = LANES / 4;
   for (int64_t c = 0; c < columns; c += LANES) {
@@ -66,16 +66,16 @@ static void fill_points(const Task& task, const void* const* pixels, int64_t col
     }
     float* to = tile + c;
     int64_t k = first;
-    for (; k + 4 <= last; k += 4, to += 4 * task.tile) {
+    for (; k + 4 <= last; k += 4, to += 4 * pitch) {
       Vec<float> v[4];
       for (int i = 0; i < 4; ++i) {
         v[i] = gather_quarters(point[i]);
         for (int part = 0; part < parts; ++part) point[i][part] += 4;
       }
       transpose_quarters(v);
-      for (int i = 0; i < 4; ++i) store<float>(to + i * task.tile, v[i]);
+      for (int i = 0; i < 4; ++i) store<float>(to + i * pitch, v[i]);
     }
-    for (; k < last; ++k, to += task.tile) {
+    for (; k < last; ++k, to += pitch) {
       for (int i = 0; i < LANES; ++i) to[i] = static_cast<float>(static_cast<const T*>(pixels[c + i])[k]);
     }
   }
@@ -90,7 +90,7 @@ static void fill_planes(const Task& task, const void* const* pixels, int64_t col
     bool border = false, dense = true;
     for (int i = 0; i < LANES; ++i) border |= point[i] == task.zeros, dense &= point[i] == point[0] + i;
     float* to = tile + c;
-    for (int64_t k = first; k < last; ++k, to += task.tile) {
+    for (int64_t k = first; k < last; ++k, to += TILE) {
       const int64_t step = k * task.input_c;
       if (dense) store<float>(to, widen(point[0] + step));
       else if (!border) for (int i = 0; i < LANES; ++i) to[i] = static_cast<float>(point[i][step]);
@@ -105,9 +105,9 @@ static void fill(const Task& task, const Unit& unit, int64_t first, int64_t last
   for (int64_t k = first; k < last;) {
     const int64_t tap = k / task.channels, end = std::min(last, (tap + 1) * task.channels);
     if (k == first || k == tap * task.channels) find_pixels<T>(task, unit, tap, space.pixels);
-    float* const to = space.input + (k - first) * task.tile;
+    float* const to = space.input + (k - first) * TILE;
     const int64_t from = k - tap * task.channels, until = end - tap * task.channels, columns = unit.last - unit.first;
-    if (task.input_c == 1) fill_points<T>(task, space.pixels, columns, from, until, to);
+    if (task.input_c == 1) fill_points<T>(space.pixels, columns, TILE, from, until, to);
     else fill_planes<T>(task, space.pixels, columns, from, until, to);
     k = end;
   }
@@ -181,14 +181,14 @@ TERSOR_INLINE void find_offsets(const Task& task, const uint16_t* table, int sca
 // else: otherwise the sums go through memory on their way in and out.
 template <int ROWS, int VECTORS, bool FIRST>
 TERSOR_INLINE void multiply_rows(const float* input, const uint16_t* offsets, int64_t offsets_row,
-                                 const float* const* values, int64_t count, float* sums, int64_t pitch) {
+                                 const float* const* values, int64_t count, float* sums) {
   Vec<float> sum[ROWS][VECTORS];
   const float* value[ROWS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
     value[r] = values[r];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = FIRST ? Vec<float>{} : load(sums + r * pitch + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = FIRST ? Vec<float>{} : load(sums + r * TILE + v * LANES);
   }
   for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 8
@@ -202,18 +202,18 @@ TERSOR_INLINE void multiply_rows(const float* input, const uint16_t* offsets, in
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) store<float>(sums + r * pitch + v * LANES, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) store<float>(sums + r * TILE + v * LANES, sum[r][v]);
   }
 }
 
 template <int ROWS, int VECTORS>
 static void multiply(const float* input, const uint16_t* offsets, int64_t offsets_row, const float* const* values,
-                     int64_t count, float* sums, int64_t pitch, bool first) {
-  if (first) multiply_rows<ROWS, VECTORS, true>(input, offsets, offsets_row, values, count, sums, pitch);
-  else multiply_rows<ROWS, VECTORS, false>(input, offsets, offsets_row, values, count, sums, pitch);
+                     int64_t count, float* sums, bool first) {
+  if (first) multiply_rows<ROWS, VECTORS, true>(input, offsets, offsets_row, values, count, sums);
+  else multiply_rows<ROWS, VECTORS, false>(input, offsets, offsets_row, values, count, sums);
 }
 
-using Multiply = void (*)(const float*, const uint16_t*, int64_t, const float* const*, int64_t, float*, int64_t, bool);
+using Multiply = void (*)(const float*, const uint16_t*, int64_t, const float* const*, int64_t, float*, bool);
 
 // By rows (ROWS or 1) and vectors.
 template <int ROWS>
@@ -223,61 +223,50 @@ static Multiply multiply_for(int vectors) {
     case 2: return multiply<ROWS, 2>;
     case 3: return multiply<ROWS, 3>;
     case 4: return multiply<ROWS, 4>;
-#if TERSOR_ISA_LEVEL == 2
-    case 5: return multiply<std::min(ROWS, 2), 5>;
-    case 6: return multiply<std::min(ROWS, 2), 6>;
-    case 7: return multiply<std::min(ROWS, 2), 7>;
-    case 8: return multiply<std::min(ROWS, 2), 8>;
-#endif
   }
   return nullptr;
 }
 
-// Rows of the weight [from, to) times elements [first, last) of the columns.
+// The offsets of elements [first, last) of all rows of the unit.
+static void find_all_offsets(const Task& task, const Unit& unit, int64_t first, int64_t last, const Workspace& space) {
+  const int64_t per_byte = task.places->elements, wide = task.places->wide ? 2 : 1;
+  const int64_t bytes = (last - first + per_byte - 1) / per_byte * wide;
+  const uint8_t* index = task.index + (unit.group * task.outputs + unit.from) * task.index_row + first / per_byte * wide;
+  uint16_t* offsets = space.offsets;
+  for (int64_t o = unit.from; o < unit.to; ++o, index += task.index_row, offsets += space.offsets_row) {
+    find_offsets(task, space.table, TILE * sizeof(float), index, bytes, offsets);
+  }
+}
+
+// Rows of the weight [from, to) times elements [first, last) of the columns of one tile.
 template <class T>
-static void multiply_chunk(const Task& task, const Unit& unit, int64_t first, int64_t last, const Workspace& space) {
+static void multiply_chunk(const Task& task, const Unit& unit, int64_t first, int64_t last, const Workspace& space,
+                           float* sums) {
   const int64_t columns = (unit.last - unit.first + LANES - 1) / LANES, kept = task.kept();
-  const int64_t count = (last - first) / task.m * task.n, skipped = first / task.m * task.n;
-  const int64_t offsets_row = task.chunk / task.m * task.n + SLACK;
-  const int64_t first_byte = first / task.places->elements * (task.places->wide ? 2 : 1);
-  const int64_t bytes = (last - first + task.places->elements - 1) / task.places->elements * (task.places->wide ? 2 : 1);
-  const int scale = static_cast<int>(task.tile * sizeof(float));
-  const int most = columns > 4 && MOST_VECTORS > 4 ? 2 : TERSOR_ISA_LEVEL == 2 ? 4 : 2;
-  const int64_t row = unit.group * task.outputs;
+  const int64_t count = (last - first) / task.m * task.n;
+  const int most = TERSOR_ISA_LEVEL == 2 ? 4 : 2;
+  const T* from = static_cast<const T*>(task.values) + (unit.group * task.outputs + unit.from) * kept + first / task.m * task.n;
+  const uint16_t* offsets = space.offsets;
   for (int64_t o = unit.from; o < unit.to;) {
     const int rows = unit.to - o >= most ? most : 1;
     const float* values[4];
-    for (int r = 0; r < rows; ++r) {
-      const T* const from = static_cast<const T*>(task.values) + (row + o + r) * kept + skipped;
+    for (int r = 0; r < rows; ++r, from += kept) {
       if constexpr (std::is_same_v<T, float>) {
         values[r] = from;
       } else {
-        float* const to = space.values + r * offsets_row;
+        float* const to = space.values + r * space.offsets_row;
         for (int64_t i = 0; i < count; i += LANES) {
           store<float>(to + i, load_as<float>(from + i, static_cast<int>(std::min<int64_t>(LANES, count - i))));
         }
         values[r] = to;
       }
-      find_offsets(task, space.table, scale, task.index + (row + o + r) * task.index_row + first_byte, bytes,
-                   space.offsets + r * offsets_row);
     }
-    // What the next rows need: these are short runs, far apart, which the hardware does not see coming.
-    for (int64_t next = o + rows; next < std::min(unit.to, o + 2 * rows); ++next) {
-      const char* const ahead = reinterpret_cast<const char*>(static_cast<const T*>(task.values) + (row + next) * kept + skipped);
-      for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
-      __builtin_prefetch(task.index + (row + next) * task.index_row + first_byte);
-      const float* const sums = space.sums + (next - unit.from) * task.tile;
-      for (int64_t i = 0; i < task.tile; i += 16) __builtin_prefetch(sums + i, 1);
+    for (int64_t v = 0; v < columns; v += 4) {
+      const int vectors = static_cast<int>(std::min<int64_t>(4, columns - v));
+      const Multiply product = rows == 1 ? multiply_for<1>(vectors) : multiply_for<TERSOR_ISA_LEVEL == 2 ? 4 : 2>(vectors);
+      product(space.input + v * LANES, offsets, space.offsets_row, values, count, sums + v * LANES, first == 0);
     }
-    for (int64_t v = 0; v < columns; v += MOST_VECTORS) {
-      const int vectors = static_cast<int>(std::min<int64_t>(MOST_VECTORS, columns - v));
-      const Multiply product = rows == 1   ? multiply_for<1>(vectors)
-                               : rows == 2 ? multiply_for<2>(vectors)
-                                           : multiply_for<4>(vectors);
-      product(space.input + v * LANES, space.offsets, offsets_row, values, count,
-              space.sums + (o - unit.from) * task.tile + v * LANES, task.tile, first == 0);
-    }
-    o += rows;
+    o += rows, offsets += rows * space.offsets_row, sums += rows * TILE;
   }
 }
 
@@ -311,7 +300,7 @@ TERSOR_INLINE void finish(const Task& task, int64_t output, int rows, const floa
   for (int r = 0; r < 4; ++r) {
     v[r] = Vec<float>{};
     if (r >= rows) continue;
-    v[r] = load(sums + r * task.tile);
+    v[r] = load(sums + r * TILE);
     if (task.bias) v[r] += static_cast<float>(static_cast<const T*>(task.bias)[output + r]);
     v[r] = activate(v[r], task.activation);
   }
@@ -324,12 +313,12 @@ static void write_points(const Task& task, const Unit& unit, const float* sums, 
   constexpr int block = 64 / sizeof(T);
   const int64_t row = unit.group * task.outputs;
   alignas(64) T line[LANES * block];
-  for (int64_t o = unit.from; o < unit.to; o += block, sums += block * task.tile) {
+  for (int64_t o = unit.from; o < unit.to; o += block, sums += block * TILE) {
     const int outputs = static_cast<int>(std::min<int64_t>(block, unit.to - o));
     for (int i = 0; i < outputs; i += 4) {
       Vec<float> v[4];
       const int rows = std::min(4, outputs - i);
-      finish<T>(task, row + o + i, rows, sums + i * task.tile, v);
+      finish<T>(task, row + o + i, rows, sums + i * TILE, v);
       store_tokens(line + i, block, LANES, rows, v);
     }
     for (int c = 0; c < count; ++c) {
@@ -343,7 +332,7 @@ static void write_points(const Task& task, const Unit& unit, const float* sums, 
 template <class T>
 static void write_planes(const Task& task, const Unit& unit, const float* sums, int count, T* to) {
   const int64_t row = unit.group * task.outputs;
-  for (int64_t o = unit.from; o < unit.to; o += 4, sums += 4 * task.tile) {
+  for (int64_t o = unit.from; o < unit.to; o += 4, sums += 4 * TILE) {
     Vec<float> v[4];
     const int rows = static_cast<int>(std::min<int64_t>(4, unit.to - o));
     finish<T>(task, row + o, rows, sums, v);
@@ -369,16 +358,22 @@ template <class T>
 static void do_unit(const Task& task, const Unit& unit, void* memory) {
   Arena arena{static_cast<char*>(memory)};
   const Workspace space(task, unit.to - unit.from, arena);
-  const int scale = static_cast<int>(task.tile * sizeof(float));
-  make_table(task, scale, space.table);
-  std::fill(space.offsets, space.offsets + 4 * (task.chunk / task.m * task.n + SLACK), uint16_t(0));
-  if (task.row() == 0) std::fill(space.sums, space.sums + (unit.to - unit.from) * task.tile, 0.0f);
+  const int64_t tiles = (unit.last - unit.first + TILE - 1) / TILE;
+  const auto tile_of = [&](int64_t t) {
+    return Unit{unit.group, unit.first + t * TILE, std::min(unit.last, unit.first + (t + 1) * TILE), unit.from, unit.to};
+  };
+  make_table(task, TILE * sizeof(float), space.table);
+  std::fill(space.offsets, space.offsets + (unit.to - unit.from) * space.offsets_row, uint16_t(0));
+  if (task.row() == 0) std::fill(space.sums, space.sums + tiles * space.tile_sums, 0.0f);
   for (int64_t first = 0; first < task.row(); first += task.chunk) {
     const int64_t last = std::min(task.row(), first + task.chunk);
-    fill<T>(task, unit, first, last, space);
-    multiply_chunk<T>(task, unit, first, last, space);
+    find_all_offsets(task, unit, first, last, space);
+    for (int64_t t = 0; t < tiles; ++t) {
+      fill<T>(task, tile_of(t), first, last, space);
+      multiply_chunk<T>(task, tile_of(t), first, last, space, space.sums + t * space.tile_sums);
+    }
   }
-  write<T>(task, unit, space.sums);
+  for (int64_t t = 0; t < tiles; ++t) write<T>(task, tile_of(t), space.sums + t * space.tile_sums);
 }
 
 }  // namespace TERSOR_ISA

@@ -6,6 +6,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -21,8 +27,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t TILE = 64;              // columns
 constexpr int64_t TILE_BYTES = 24 << 10;  // of the transposed input: half of an L1 cache of 48 KiB
+constexpr int64_t MOST_TILE = 768;           // columns of a unit with matrix tiles
 constexpr int64_t SUMS = 256 << 10;       // of a unit: 1 MiB, half of an L2 cache
 
 struct Free {
@@ -56,6 +62,7 @@ inline std::unique_ptr<Places> make_places(int n, int m) {
     for (int g = 0; g < groups; ++g) {
       const int code = bits == 16 ? byte : byte >> (g * bits) & ((1 << bits) - 1);
       const uint8_t start = static_cast<uint8_t>(g * m);
+      if (bits < 16) std::fill(place + count, place + count + n, start);
       if (n == 1) {
         place[count++] = start + inside(code);
       } else if (n == 2 && m <= 4) {
@@ -117,9 +124,10 @@ struct Operands {
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-inline void choose_tile(Task& task, int lanes) {
-  task.tile = std::min(TILE, round_up(task.columns, lanes));
-  const int64_t elements = TILE_BYTES / (task.tile * static_cast<int64_t>(sizeof(float)));
+// Two tiles of columns are a unit: the values come from the L2 cache for the second one, and its offsets are found.
+inline void choose_tile(Task& task) {
+  task.tile = task.columns > TILE ? 2 * TILE : TILE;
+  const int64_t elements = TILE_BYTES / (TILE * static_cast<int64_t>(sizeof(float)));
   task.chunk = std::max<int64_t>(1, elements / task.places->elements) * task.places->elements;
 }
 
@@ -144,9 +152,38 @@ inline void run_units(const Task& task, void (*do_unit)(const Task&, const Unit&
 }
 
 // With the kernels of one kept of many, where the level has them and all that is side by side in memory is a channel.
-inline bool run_lone(Task& task, const LoneKernels& kernels) {
+inline bool run_lone(Task& task, const UnitKernels& kernels) {
   if (!kernels.unit || task.n != 1 || task.m < 5 || task.input_c != 1 || task.output_c != 1) return false;
   task.tile = std::min(task.columns, kernels.columns);
+  run_units(task, kernels.unit, kernels.scratch);
+  return true;
+}
+
+inline bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  // TERSOR_CPU_AMX=0 leaves the extension aside, so that tests reach the kernels of processors without it.
+  static const bool has = [] {
+    const char* const wanted = std::getenv("TERSOR_CPU_AMX");
+    if (wanted && std::strcmp(wanted, "0") == 0) return false;
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24, vbmi2 = 1u << 6;
+    if (!(edx & bfloat16) || !(edx & tile) || !(ecx & vbmi2)) return false;
+    constexpr long request = 0x1023, tile_data = 18;  // the kernel gives a process the tiles' state on request only
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+  }();
+  return has && cpu_isa() == Isa::x86_64_v4;
+#else
+  return false;
+#endif
+}
+
+// With matrix tiles, for patterns whose groups fill them. A unit has as many columns as half of an L2 cache holds.
+inline bool run_tiles(Task& task, const UnitKernels& kernels, int64_t fewest) {
+  const bool fits = task.m == 2 || task.m == 4 || task.m == 8 || task.m == 16;
+  if (!kernels.unit || !fits || task.input_c != 1 || task.output_c != 1 || task.columns < fewest || !has_tiles()) return false;
+  const int64_t most = (512 << 10) / std::max<int64_t>(1, 2 * task.row()) / 32 * 32;
+  task.tile = std::min(round_up(task.columns, 32), std::min<int64_t>(MOST_TILE, std::max<int64_t>(32, most)));
   run_units(task, kernels.unit, kernels.scratch);
   return true;
 }

@@ -101,12 +101,56 @@ static void multiply_fours(const Task& task, const T* values, const uint8_t* ind
 }
 #endif
 
+#if TERSOR_ISA_LEVEL == 2
+// Some of the elements in float32, zeros for the others, which are not read.
+TERSOR_INLINE __m512 load_some(const float* p, __mmask16 some) { return _mm512_maskz_loadu_ps(some, p); }
+TERSOR_INLINE __m512 load_some(const Half* p, __mmask16 some) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, p));
+}
+TERSOR_INLINE __m512 load_some(const BFloat16* p, __mmask16 some) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16);
+}
+
+// Masks of groups of 4, 8 or 16: two bytes are the mask of 16 elements, to which their values are spread.
+template <class T, int COLUMNS>
+static void multiply_masks(const Task& task, const T* values, const uint8_t* index, const float* columns, int64_t pitch,
+                           float* sums) {
+  const int each = static_cast<int>(16 / task.m * task.n);
+  const __mmask16 some = static_cast<__mmask16>((1u << each) - 1);
+  __m512 sum[COLUMNS][2] = {};
+  const int64_t row = task.row(), whole = row / 16 * 16;
+  const auto multiply = [&](int64_t k, __mmask16 mask, __mmask16 present, int chain) __attribute__((always_inline)) {
+    const __m512 value = _mm512_maskz_expand_ps(mask, load_some(values, present));
+    for (int c = 0; c < COLUMNS; ++c) {
+      const __m512 x = _mm512_maskz_loadu_ps(mask, columns + c * pitch + k);
+      sum[c][chain] = _mm512_fmadd_ps(value, x, sum[c][chain]);
+    }
+    values += each;
+  };
+  for (int64_t k = 0; k < whole; k += 16) {
+    uint16_t mask;
+    __builtin_memcpy(&mask, index + k / 8, 2);
+    multiply(k, mask, some, k / 16 % 2);
+  }
+  if (whole < row) {
+    uint32_t mask = index[whole / 8];
+    if (row - whole > 8) mask |= static_cast<uint32_t>(index[whole / 8 + 1]) << 8;
+    const int64_t left = (row - whole) / task.m * task.n;
+    mask &= (1u << (row - whole)) - 1;
+    multiply(whole, static_cast<__mmask16>(mask), static_cast<__mmask16>((1u << left) - 1), 0);
+  }
+  for (int c = 0; c < COLUMNS; ++c) sums[c] = total((Vec<float>)(sum[c][0] + sum[c][1]));
+}
+#endif
+
 template <class T, int COLUMNS>
 TERSOR_INLINE void multiply_row(const Task& task, const T* values, const uint8_t* index, const uint16_t* table,
                                 const float* columns, int64_t pitch, float* sums) {
 #if TERSOR_ISA_LEVEL == 2
   if (task.m == 4 && task.n == 2) return multiply_fours<T, 2, COLUMNS>(task, values, index, columns, pitch, sums);
   if (task.m == 4 && task.n == 1) return multiply_fours<T, 1, COLUMNS>(task, values, index, columns, pitch, sums);
+  const bool masks = !task.places->bits && (task.m == 4 || task.m == 8 || task.m == 16);
+  if (masks) return multiply_masks<T, COLUMNS>(task, values, index, columns, pitch, sums);
 #endif
   multiply_any<T, COLUMNS>(task, values, index, table, columns, pitch, sums);
 }
