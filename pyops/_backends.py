@@ -106,8 +106,9 @@ def running(operator: str, device: str) -> str:
 
 
 def facts() -> list[str]:
-    """How the native libraries were built and what they chose, one sentence each."""
+    """How the native libraries were built and what they chose, and the operators' notes, one sentence each."""
     lines = [f"{name}: {entry}" for name, entry in _build_report().items()]
+    lines += [f"{op.name}: {note}" for op in REGISTRY.values() for note in op.notes]
     module = _introspection()
     if module is not None:
         levels = ", ".join(module.cpu_isa_supported())

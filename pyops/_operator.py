@@ -25,7 +25,8 @@ class Operator:
 
     ``name`` is the name under ``torch.ops.tersor``, ``place`` the path that the operator's files share in every
     folder (``attention/dilated_attention``). ``derivative`` is the differentiable function that it is the forward
-    of; a backward operator has none, and differentiating through it is an error.
+    of; a backward operator has none, and differentiating through it is an error. ``notes`` are what
+    :func:`tersor.backends` adds to its row.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Operator:
     reference: Callable[..., Any]
     overload: Any
     derivative: Callable[..., Any] | None
+    notes: tuple[str, ...] = ()
 
     def __call__(self, *args: Any) -> Any:
         if self.derivative is None and torch.is_grad_enabled():  # create_graph=True, or torch.func
@@ -54,6 +56,7 @@ def operator(
     derivative: Callable[..., Any] | None = None,
     autocast: bool = False,
     module: str | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Operator:
     """Registers ``tersor::<schema>`` and returns the callable that an ``autograd.Function`` uses.
 
@@ -67,6 +70,7 @@ def operator(
             is itself a derivative (``..._backward``) or has none, where asking for one is an error.
         autocast: cast floating-point inputs to the autocast dtype (for operators that are matrix products in kind).
         module: the ``__name__`` of the operator's own module, by default the caller's.
+        notes: what a user should know of which kernel runs when, one sentence each.
     """
     name = schema.partition("(")[0]
     module = module or sys._getframe(1).f_globals["__name__"]
@@ -92,7 +96,7 @@ def operator(
         for device in ("cpu", "cuda"):
             _register_autocast(name, overload, device)
     place = module.removeprefix("tersor.").replace(".", "/")
-    REGISTRY[name] = Operator(name, place, schema, reference, overload, derivative)
+    REGISTRY[name] = Operator(name, place, schema, reference, overload, derivative, notes)
     return REGISTRY[name]
 
 

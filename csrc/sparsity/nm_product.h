@@ -11,8 +11,6 @@ namespace tersor::nm_product {
 constexpr int64_t TILE = 64;   // columns of the input that are transposed into the L1 cache
 constexpr int64_t SLACK = 32;  // offsets that may be written beyond the last one
 
-enum class Activation : int { none = 0, relu = 1, gelu = 2 };
-
 // What one byte of the index stands for: up to 8 places, counted from the first of its groups' elements on. Bytes that
 // nm_pack does not write have places too, inside the groups, so that a damaged index cannot lead out of a buffer.
 struct Places {
@@ -23,6 +21,8 @@ struct Places {
   bool wide;           // a group has two bytes
   int bits;            // of a place, where the index has places; 0 for masks
 };
+
+enum class Activation : int { none = 0, relu = 1, gelu = 2 };
 
 struct Task {
   int64_t columns, groups;           // of the output; groups of channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from tersor._checks import check_floating
 from tersor._operator import is_autocast_enabled, operator
-from tersor.sparsity.nm_pack import check_packed, unpack_rows
+from tersor.sparsity.nm_crossover import dense_is_faster, notes
+from tersor.sparsity.nm_pack import check_packed
+from tersor.sparsity.nm_unpack import nm_unpack, unpack_rows
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "gelu": F.gelu}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,7 +32,10 @@ def nm_matmul(
 
     .. math:: output[b, o] = activation\Bigl(bias[o] + \sum_{g, i} values[o, g, i]\; input[b, g m + p(o, g, i)]\Bigr)
 
-    with p(o, g, i) the place of the i-th kept element of group g. Sums are float32; the result is rounded once.
+    with p(o, g, i) the place of the i-th kept element of group g. Sums are float32; the result is rounded once. On the
+    CPU the weight is unpacked for torch's own product where that was measured to be faster (:func:`tersor.backends`
+    says where), which rounds before the activation too. Whether an element that is not finite reaches outputs that
+    do not keep its place is left open.
 
     Args:
         input: ``(..., K)``; float16, bfloat16 or float32.
@@ -50,6 +56,8 @@ def nm_matmul(
     if not input.dim() or input.shape[-1] != columns:
         raise ValueError(f"{name}: input must be (..., {columns}) for this weight, got shape {tuple(input.shape)}")
     check_operands(name, input, values, bias, activation)
+    if dense_is_faster("linear", input, n, m, math.prod(input.shape[:-1])):
+        return ACTIVATIONS[activation](F.linear(input, nm_unpack(values, index, n, m), bias))
     return _nm_matmul.overload(input, values, index, bias, n, m, activation)
 
 
@@ -108,4 +116,5 @@ _nm_matmul = operator(
     fake=_fake,
     vmap=_vmap,
     autocast=True,
+    notes=notes("linear"),
 )

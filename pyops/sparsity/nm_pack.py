@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tersor._checks import as_int, check_floating
+from tersor._checks import check_floating
 from tersor.freezing.mask import check_mask, unpack_mask
-from tersor.sparsity.nm_pattern import check_pattern, from_groups, to_groups
+from tersor.sparsity.nm_pattern import check_pattern, to_groups
 
 
 def index_bits(n: int, m: int) -> int:
@@ -73,30 +72,6 @@ def nm_pack(weight: Tensor, mask: Tensor | None, n: int, m: int) -> tuple[Tensor
     return values.contiguous(), _index(places, n, m)
 
 
-def nm_unpack(values: Tensor, index: Tensor, n: int, m: int, kernel_size: Sequence[int] | None = None) -> Tensor:
-    """The weight that :func:`nm_pack` packed, with zeros where nothing was kept.
-
-    Args:
-        values, index, n, m: as :func:`nm_pack` returned and took them.
-        kernel_size: ``(KH, KW)`` of a convolution; None for a linear layer.
-
-    Returns:
-        ``(O, I)``, or ``(O, I, KH, KW)`` in channels-last memory format; the dtype of ``values``.
-
-    Raises:
-        TypeError, ValueError: the arguments do not belong together.
-    """
-    name = "nm_unpack"
-    n, m = check_packed(name, values, index, n, m)
-    outputs, groups = values.shape[:2]
-    if kernel_size is None:
-        return unpack_rows(values, index, n, m)
-    height, width = (as_int(name, kernel_size=k) for k in kernel_size)
-    if min(height, width) < 1 or (groups * m) % (height * width):
-        raise ValueError(f"{name}: kernel_size must divide a row of {groups * m} elements, got {(height, width)}")
-    return from_groups(unpack_rows(values, index, n, m), (outputs, groups * m // (height * width), height, width))
-
-
 def check_packed(where: str, values: Any, index: Any, n: int, m: int) -> tuple[int, int]:
     """``n`` and ``m`` as ints; raises unless values and index can be a packed matrix of that pattern."""
     n, m = check_pattern(where, n, m, scored=False)
@@ -135,7 +110,7 @@ def unpack_rows(values: Tensor, index: Tensor, n: int, m: int) -> Tensor:
     outputs, groups = values.shape[:2]
     # A damaged index may hold places beyond the group; they are dropped like the kernels drop them.
     wide = values.new_zeros(outputs, groups, 16)
-    wide.scatter_(2, _places(index, groups, n, m), values)
+    wide.scatter_(2, places_of(index, groups, n, m), values)
     return wide[..., :m].reshape(outputs, groups * m)
 
 
@@ -180,7 +155,7 @@ def _codes(index: Tensor, groups: int, n: int, m: int) -> Tensor:
     return (wide[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)[:, :groups]
 
 
-def _places(index: Tensor, groups: int, n: int, m: int) -> Tensor:
+def places_of(index: Tensor, groups: int, n: int, m: int) -> Tensor:
     """``(O, groups, n)``: the places of the kept elements, ascending."""
     codes = _codes(index, groups, n, m)
     if n == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from tersor._checks import as_int, check_floating, check_pair, check_window
 from tersor._operator import operator
 from tersor._window import check_fits, empty_output, is_channels_last, output_sizes
+from tersor.sparsity.nm_crossover import dense_is_faster, notes
 from tersor.sparsity.nm_matmul import ACTIVATIONS, check_operands
-from tersor.sparsity.nm_pack import check_packed, unpack_rows
+from tersor.sparsity.nm_pack import check_packed
 from tersor.sparsity.nm_pattern import from_groups
+from tersor.sparsity.nm_unpack import nm_unpack, unpack_rows
 
 
 def nm_packed_conv2d(
@@ -31,7 +34,7 @@ def nm_packed_conv2d(
     groups: int = 1,
     activation: str = "none",
 ) -> Tensor:
-    """``conv2d`` with a packed N:M weight, and an activation in the same pass. Sums are float32.
+    """``conv2d`` with a packed N:M weight, and an activation in the same pass; rounding as for :func:`nm_matmul`.
 
     Args:
         input: ``(N, C, H, W)``; float16, bfloat16 or float32; any strides.
@@ -65,6 +68,12 @@ def nm_packed_conv2d(
     check_operands(name, input, values, bias, activation)
     check_fits(name, input.shape, kernel, stride, padding, dilation)
     channels_last = is_channels_last(input)
+    pixels = input.shape[0] * math.prod(output_sizes(input.shape, kernel, stride, padding, dilation))
+    if dense_is_faster("convolution", input, n, m, pixels):
+        format = torch.channels_last if channels_last else torch.contiguous_format
+        weight = nm_unpack(values, index, n, m, kernel).contiguous(memory_format=format)
+        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return ACTIVATIONS[activation](output).contiguous(memory_format=format)
     window = (kernel, stride, padding, dilation)
     return _nm_packed_conv2d.overload(input, values, index, bias, n, m, *window, groups, activation, channels_last)
 
@@ -109,4 +118,5 @@ _nm_packed_conv2d = operator(
     fake=_fake,
     vmap=_vmap,
     autocast=True,
+    notes=notes("convolution"),
 )

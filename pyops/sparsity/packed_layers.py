@@ -12,9 +12,10 @@ from torch.nn.utils import parametrize
 from tersor._checks import check_window
 from tersor.sparsity.layers import NMConv2d, NMLinear, SrSte
 from tersor.sparsity.nm_matmul import check_activation, nm_matmul
-from tersor.sparsity.nm_pack import check_index, nm_pack, nm_unpack
+from tersor.sparsity.nm_pack import check_index, nm_pack
 from tersor.sparsity.nm_packed_conv2d import nm_packed_conv2d
 from tersor.sparsity.nm_pattern import check_pattern
+from tersor.sparsity.nm_unpack import nm_unpack
 from tersor.sparsity.semi_structured import pack_semi_structured
 
 

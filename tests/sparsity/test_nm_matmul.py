@@ -15,8 +15,9 @@ from torch import Tensor
 
 import tersor
 from tersor import _backends
-from tersor.sparsity import nm_matmul, nm_pack, nm_unpack
-from tersor.sparsity.nm_pack import unpack_rows
+from tersor.sparsity import nm_matmul, nm_pack
+from tersor.sparsity.nm_crossover import CROSSOVERS
+from tersor.sparsity.nm_unpack import unpack_rows
 
 native = _backends._introspection()
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "gelu": F.gelu}
@@ -197,29 +198,6 @@ def test_what_is_kept_spreads_what_is_not_finite(run: tuple[str, str]) -> None:
         assert torch.equal(output[1:], torch.tensor([[2.0, 1.0]]).to(output).expand(batch - 1, 2))
 
 
-def test_pack_and_unpack_are_inverse() -> None:
-    for n, m in PATTERNS:
-        for shape, kernel in (((7, 5 * m), None), ((7, 5 * m, 3, 2), (3, 2))):
-            weight, values, index = packed_weight(shape, n, m)
-            assert torch.equal(nm_unpack(values, index, n, m, kernel), weight)
-            assert all(torch.equal(a, b) for a, b in zip(nm_pack(weight, None, n, m), (values, index), strict=True))
-
-
-def test_index_is_as_documented() -> None:
-    def index(row: list[float], n: int, m: int) -> list[int]:
-        return nm_pack(torch.tensor([row]).float(), None, n, m)[1][0].tolist()
-
-    assert index([0, 1, 1, 0], 1, 2) == [0b01]
-    assert index([0, 0, 1, 0, 0, 1, 0, 0], 1, 4) == [2 | 1 << 2]
-    assert index([0] * 9 + [1] + [0] * 22, 1, 16) == [9]
-    assert index([0, 1, 0, 1, 1, 0, 1, 0], 2, 4) == [1 | 3 << 2 | 0 << 4 | 2 << 6]
-    assert index([1, 0, 1, 1], 3, 4) == [0b1101]
-    assert index([1, 0, 0, 1, 0, 0, 1, 1], 4, 8) == [0b11001001]
-    assert index([1] + [0] * 9 + [1, 1], 3, 12) == [1, 0b1100]
-    # Too few: the lowest free places.
-    assert index([0, 0, 0, 5, 0, 0, 0, 0], 2, 4) == [0 | 3 << 2 | 0 << 4 | 1 << 6]
-
-
 def test_damaged_index_stays_inside_the_tensors() -> None:
     """Results are meaningless then, but no other memory is touched; sanitizers run this."""
     for n, m in PATTERNS:
@@ -259,30 +237,24 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         nm_matmul(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("weight", "mask", "pattern", "error", "message"),
-    [
-        (torch.ones(2, 6), None, (2, 4), ValueError, "multiple of m = 4"),
-        (torch.ones(2, 6, 2, 2), None, (2, 4), ValueError, "multiple of m = 4"),
-        (torch.ones(2, 8), None, (2, 4), ValueError, "at most 2 of every 4 elements must be kept, got a group with 4"),
-        (torch.ones(2, 8), torch.ones(2, 8), (2, 4), TypeError, "mask must be a bool tensor"),
-        (torch.ones(2, 8), torch.ones(8, 2).bool(), (2, 4), ValueError, "mask must have the shape"),
-        (torch.ones(2, 8).long(), None, (2, 4), TypeError, "weight must be float16"),
-        (torch.full((2, 8), float("nan")), None, (2, 4), ValueError, "weight must be finite, got 16"),
-        (torch.ones(8), None, (2, 4), ValueError, r"weight must be \(O, I\)"),
-        (torch.ones(2, 8), None, (0, 4), ValueError, "1 <= n < m"),
-        (torch.ones(2, 32), None, (2, 32), ValueError, "m <= 16"),
-    ],
-)
-def test_bad_packing(
-    weight: Tensor, mask: Tensor | None, pattern: tuple[int, int], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        nm_pack(weight, mask, *pattern)
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_dense_product_where_it_is_faster(dtype: torch.dtype) -> None:
+    """The same results on both sides of every crossover, and the packed kernel on one of them only."""
+    calls: list[int] = []
+    packed = torch.ops.tersor.nm_matmul.default
 
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(args[0].shape[0]) if func is packed else None
+            return func(*args, **(kwargs or {}))
 
-def test_reference_is_found() -> None:
-    assert {c.runs for c in tersor.backends() if c.operator == "nm_matmul" and c.device == "cpu"} <= {
-        "native",
-        "reference",
-    }
+    for crossover in (c for c in CROSSOVERS if c.product == "linear" and c.dtype == dtype):
+        n, m = (3, 4) if crossover.density else (2, 4)
+        weight, values, index = packed_weight((9, 8 * m), n, m, dtype)
+        calls.clear()
+        for batch in (crossover.columns - 1, crossover.columns):
+            with Count():
+                check(torch.randn(batch, 8 * m).to(dtype), weight, values, index, n, m, bias=torch.randn(9).to(dtype))
+        assert calls == [crossover.columns - 1]
+    assert dtype == torch.float16 or calls
+    assert str(CROSSOVERS[0]) in str(tersor.backends())

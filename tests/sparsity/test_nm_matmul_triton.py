@@ -11,11 +11,12 @@ import torch
 
 import tersor
 from tersor import _backends
-from tersor.sparsity.nm_pack import nm_pack, nm_unpack
+from tersor.sparsity.nm_pack import nm_pack
+from tersor.sparsity.nm_unpack import unpack_rows
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tersor.triton_kernels.sparsity import nm_matmul, nm_packed_conv2d
+from tersor.triton_kernels.sparsity import nm_matmul, nm_packed_conv2d, nm_unpack
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process with TRITON_INTERPRET=1"),
@@ -182,8 +183,7 @@ def test_the_dense_weight(n, m):
     """Bit for bit, for values of any dtype: nothing is computed."""
     for dtype in (*DTYPES, torch.bfloat16):
         weight = packed(5, 3 * m, n, m, dtype, (3, 2))
-        dense = nm_packed_conv2d._unpacked(*weight, (5, 3 * m, 3, 2), n, m)
-        assert torch.equal(dense, nm_unpack(*weight, n, m, (3, 2)))
+        assert torch.equal(nm_unpack.nm_unpack(*weight, n, m), unpack_rows(*weight, n, m))
 
 
 def test_convolution_shapes():

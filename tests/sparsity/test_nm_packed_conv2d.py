@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tersor import _backends
 from tersor.sparsity import nm_packed_conv2d
-from tersor.sparsity.nm_pack import unpack_rows
 from tersor.sparsity.nm_pattern import from_groups
+from tersor.sparsity.nm_unpack import unpack_rows
 
 native = _backends._introspection()
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "gelu": F.gelu}
@@ -181,6 +181,15 @@ def test_same_bits_for_any_number_of_threads() -> None:
                 assert all(torch.equal(results[0], r) for r in results[1:])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_many_pixels(dtype: torch.dtype) -> None:
+    """Enough for a dense convolution to be faster, in some types."""
+    for n, m in ((2, 4), (1, 4)):
+        packed = packed_weight((9, 2 * m, 3, 3), n, m, dtype)
+        for x in layouts(torch.randn(1, 2 * m, 40, 31).to(dtype)):
+            check(x, packed, n, m, padding=1, bias=torch.randn(9).to(dtype), activation="relu")
 
 
 def test_damaged_index_stays_inside_the_tensors() -> None:

@@ -94,6 +94,7 @@ def on_triton(monkeypatch):
             "nm_remove",
             "nm_sparsify_backward",
             "nm_sparsify_forward",
+            "nm_unpack",
             "srste_sparsify_backward",
             "srste_sparsify_forward",
         ]
