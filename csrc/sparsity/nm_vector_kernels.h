@@ -7,11 +7,16 @@ namespace TERSOR_ISA {
 using namespace ::tersor::TERSOR_ISA;
 
 constexpr int64_t SPAN = 4096;  // elements of a row whose offsets are found at a time
+constexpr int64_t AHEAD = 4096;  // bytes of values asked for early: the hardware stops at the end of each page
 
 TERSOR_INLINE float total(Vec<float> v) {
+#if TERSOR_ISA_LEVEL == 2
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float sum = 0;
   for (int i = 0; i < Simd<float>::lanes; ++i) sum += v[i];
   return sum;
+#endif
 }
 
 // Elements x[offset] of a column.
@@ -76,6 +81,7 @@ static void multiply_fours(const Task& task, const T* values, const uint8_t* ind
     __builtin_memcpy(&word, index + 4 * i, 4);
     const __m512i place = _mm512_srlv_epi32(_mm512_set1_epi32(word), shift);
     const __m512i from = _mm512_ternarylogic_epi32(place, three, start, 0xEA);  // place & 3 | start
+    __builtin_prefetch(values + 16 * i + AHEAD / sizeof(T));
     const __m512 value = (__m512)widen(values + 16 * i);
     for (int c = 0; c < COLUMNS; ++c) {
       const float* const at = x + c * pitch;
@@ -127,11 +133,17 @@ static void multiply_masks(const Task& task, const T* values, const uint8_t* ind
     }
     values += each;
   };
-  for (int64_t k = 0; k < whole; k += 16) {
+  const auto mask_at = [&](int64_t k) __attribute__((always_inline)) {
     uint16_t mask;
     __builtin_memcpy(&mask, index + k / 8, 2);
-    multiply(k, mask, some, k / 16 % 2);
+    return static_cast<__mmask16>(mask);
+  };
+  int64_t k = 0;
+  for (; k + 32 <= whole; k += 32) {
+    __builtin_prefetch(values + AHEAD / sizeof(T));
+    multiply(k, mask_at(k), some, 0), multiply(k + 16, mask_at(k + 16), some, 1);
   }
+  if (k < whole) multiply(k, mask_at(k), some, 0);
   if (whole < row) {
     uint32_t mask = index[whole / 8];
     if (row - whole > 8) mask |= static_cast<uint32_t>(index[whole / 8 + 1]) << 8;

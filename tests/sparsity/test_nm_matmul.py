@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +150,23 @@ def test_every_level(level: str) -> None:
         native.set_cpu_isa(before)
 
 
+def check_bfloat16() -> None:
+    for n, m in PATTERNS:
+        weight, values, index = packed_weight((70, 41 * m), n, m, torch.bfloat16)
+        for batch in (3, 40, 300):
+            check(torch.randn(batch, 41 * m).bfloat16(), weight, values, index, n, m, activation="gelu")
+
+
+@pytest.mark.skipif(native is None, reason="the C++ library was not built here")
+def test_without_matrix_tiles() -> None:
+    """A processor without AMX takes vectors for bfloat16 too."""
+    code = "import test_nm_matmul as t; t.check_bfloat16(); print('same')"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
+    environment = {**os.environ, "TERSOR_CPU_AMX": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr
+
+
 def test_long_rows() -> None:
     """Longer than what is taken at a time, for few columns and for many."""
     for n, m in ((1, 2), (2, 4), (1, 16), (4, 8), (5, 12)):
@@ -199,7 +220,7 @@ def test_what_is_kept_spreads_what_is_not_finite(run: tuple[str, str]) -> None:
 
 
 def test_damaged_index_stays_inside_the_tensors() -> None:
-    """Results are meaningless then, but no other memory is touched; sanitizers run this."""
+    """Results are meaningless then, but no other memory is touched."""
     for n, m in PATTERNS:
         for batch in (1, 5, 40):
             _, values, index = packed_weight((33, 7 * m), n, m)

@@ -90,7 +90,7 @@ def test_index_is_as_documented() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: "{}of{}".format(*p))
 def test_damaged_index(pattern: tuple[int, int]) -> None:
-    """Is told from a right one by its codes, and touches no other memory; sanitizers run this."""
+    """Is told from a right one by its codes, and touches no other memory."""
     n, m = pattern
     _, values, index = packed_weight((33, 7 * m), n, m)
     check_index("index", index, 7, n, m)
