@@ -19,7 +19,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t CHUNK = 256;  // output pixels: few enough for the L2 cache; with 768 a linear layer took a tenth longer
+constexpr int64_t CHUNK = 256;  // output pixels: few enough for the L2 cache
 
 // `slabs` in groups of about CHUNK pixels, none of them split.
 struct Chunks {

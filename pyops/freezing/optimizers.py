@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,10 +68,11 @@ class _Frozen(torch.optim.Optimizer):
                     torch.autograd.graph.increment_version(parameter)
         return loss
 
+    @abc.abstractmethod
     def _step_one(
         self, group: dict[str, Any], state: dict[str, Any], values: Tensor, gradient: Tensor, frozen: Tensor
     ) -> None:
-        raise NotImplementedError
+        """Changes ``values`` where ``frozen`` has no bit."""
 
     @staticmethod
     def _buffer(state: dict[str, Any], name: str) -> Tensor:
