@@ -7,7 +7,7 @@ ImageNet have torchvision's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,13 @@ class BasicBlock(nn.Module):
         self.shortcut_name = _add_shortcut(self, shortcut, before, width, stride, conv)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(input)))
+        x = _relu(self.conv1, self.bn1(self.conv1(input)))
         return F.relu(self.bn2(self.conv2(x)) + _shortcut(self, input))
+
+    def norm_pairs(self) -> Iterator[tuple[str, str, bool]]:
+        """For :func:`tersor.sparsity.convert_`: convolution, its norm, and whether a ReLU comes next."""
+        yield "conv1", "bn1", True
+        yield "conv2", "bn2", False
 
 
 class Bottleneck(nn.Module):
@@ -70,9 +75,20 @@ class Bottleneck(nn.Module):
         self.shortcut_name = _add_shortcut(self, shortcut, before, after, stride, conv)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(input)))
-        x = F.relu(self.bn2(self.conv2(x)))
+        x = _relu(self.conv1, self.bn1(self.conv1(input)))
+        x = _relu(self.conv2, self.bn2(self.conv2(x)))
         return F.relu(self.bn3(self.conv3(x)) + _shortcut(self, input))
+
+    def norm_pairs(self) -> Iterator[tuple[str, str, bool]]:
+        """As :meth:`BasicBlock.norm_pairs`."""
+        yield "conv1", "bn1", True
+        yield "conv2", "bn2", True
+        yield "conv3", "bn3", False
+
+
+def _relu(convolution: nn.Module, x: Tensor) -> Tensor:
+    """Of what came from the convolution, unless a packed one has done it."""
+    return x if getattr(convolution, "activation", None) == "relu" else F.relu(x)
 
 
 def _add_shortcut(block: nn.Module, name: str, before: int, after: int, stride: int, conv: Layer) -> str | None:

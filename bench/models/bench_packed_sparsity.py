@@ -1,7 +1,8 @@
 """Inference with ResNet-50 and DeiT-small, packed at 2:4 and 1:4, against the dense networks with the same weights.
 
 The sparse networks have random scores, of which one a group is left, and are converted as after a training run.
-ResNet-50 is channels-last. Batch normalisation is not folded, in neither.
+ResNet-50 is channels-last. The packed one has its batch norms folded into the convolutions, which also compute the
+ReLU; `dense_folded` is the dense one with torch's own folding, `tersor_unfolded` the packed one without.
 """
 
 import copy
@@ -12,6 +13,7 @@ import torch
 from harness import benchmark
 from suite import Implementation, Prepared, Suite, Target
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tersor.models.deit import DeiT, deit_small, deit_small_nm
 from tersor.models.resnet import Bottleneck, ResNet, resnet50, resnet50_nm
@@ -48,7 +50,7 @@ NETWORKS = {
 
 @functools.lru_cache(maxsize=2)  # the small size's, and the one that is timed with both batches
 def networks(name, n, m):
-    """The dense and the packed network with the same weights."""
+    """The dense network, and the packed one without and with folded norms, with the same weights."""
     make_sparse, make_dense = NETWORKS[name]
     torch.manual_seed(settings.SEED)
     sparse, dense = make_sparse(n, m), make_dense()
@@ -61,7 +63,8 @@ def networks(name, n, m):
         NMSchedule(sparse, 1).finish()
         state = sparse.state_dict() | {f"{path}.weight": layer.sparse_weight() for path, layer in layers.items()}
     dense.load_state_dict({key: state[key] for key in dense.state_dict()})
-    return dense.eval(), convert_(sparse).eval()
+    folded = convert_(copy.deepcopy(sparse), fold_norms=True).eval() if "resnet" in name else None
+    return dense.eval(), convert_(sparse).eval(), folded
 
 
 def make_inputs(size, dtype, device, generator):
@@ -74,7 +77,29 @@ def dense(size):
 
 
 def packed(size):
+    return lambda: networks(*size[:3])[2] or networks(*size[:3])[1]
+
+
+def unfolded(size):
     return lambda: networks(*size[:3])[1]
+
+
+def dense_folded(size):
+    """As torch's fusion of a convolution and its norm in eval mode."""
+
+    def build():
+        network = copy.deepcopy(networks(*size[:3])[0])
+        fold = [(network, "conv1", "bn1")]
+        for block in [m for m in network.modules() if hasattr(m, "norm_pairs")]:
+            fold += [(block, convolution, norm) for convolution, norm, _ in block.norm_pairs()]
+        fold += [(m, "0", "1") for m in network.modules() if type(m) is nn.Sequential and isinstance(m[0], nn.Conv2d)]
+        for parent, convolution, norm in fold:
+            fused = fuse_conv_bn_eval(parent.get_submodule(convolution), parent.get_submodule(norm))
+            setattr(parent, convolution, fused)
+            setattr(parent, norm, nn.Identity())
+        return network
+
+    return build
 
 
 def compiled(size):
@@ -98,8 +123,12 @@ def prepare(build, inputs, dtype, direction):
 
 
 IMPLEMENTATIONS = [
-    Implementation("tersor", packed, ours=True, note="packed layers, the default backend"),
+    Implementation("tersor", packed, ours=True, note="packed layers, norms folded, the default backend"),
     Implementation("dense", dense, note="torch's layers"),
+]
+FOLDED = [
+    Implementation("tersor_unfolded", unfolded, ours=True, note="packed layers, norms as they are"),
+    Implementation("dense_folded", dense_folded, note="torch's layers, norms folded"),
 ]
 if settings.FULL:
     IMPLEMENTATIONS.append(Implementation("compiled", compiled, note="torch.compile of the dense network"))
@@ -119,7 +148,7 @@ def suite(name, small, operator):
         make_inputs=make_inputs,
         reference=dense,
         prepare=prepare,
-        implementations=IMPLEMENTATIONS,
+        implementations=IMPLEMENTATIONS + (FOLDED if "resnet" in name else []),
         operators=[operator],
         targets=[Target(f"{group}/b*_{p}/float32/inference", "dense", bar) for p, bar in BARS.items()],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -167,6 +167,28 @@ class PackedNMConv2d(_Packed):
             self.activation,
         )
 
+    @torch.no_grad()
+    def fold_(self, norm: nn.BatchNorm2d, relu: bool = False) -> None:
+        """Takes the norm that follows, with its running statistics, and on request a ReLU after that, into the layer.
+
+        Raises:
+            ValueError: the norm has another number of channels or no running statistics, or an activation is there.
+        """
+        name = "PackedNMConv2d.fold_"
+        if norm.num_features != self.out_channels or norm.running_mean is None or norm.running_var is None:
+            raise ValueError(
+                f"{name}: norm must have {self.out_channels} channels and running statistics, got {norm.num_features}"
+            )
+        if self.activation != "none":
+            raise ValueError(f"{name}: the layer must have no activation yet, got {self.activation!r}")
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight.double()
+        shift = -norm.running_mean.double() if self.bias is None else self.bias.double() - norm.running_mean.double()
+        shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+        self.values = (self.values.double() * scale[:, None, None]).to(self.values.dtype)
+        self.bias = shift.to(self.values.dtype)
+        self.activation = "relu" if relu else "none"
+
     def dense_weight(self) -> Tensor:
         """``(O, I, KH, KW)``, with the zeros."""
         return nm_unpack(self.values, self.index, self.n, self.m, self.kernel_size)
@@ -176,7 +198,7 @@ class PackedNMConv2d(_Packed):
         return f"{self.in_channels}, {self.out_channels}, {window}, groups={self.groups}, {super().extra_repr()}"
 
 
-def convert_(model: nn.Module) -> nn.Module:
+def convert_(model: nn.Module, fold_norms: bool = False) -> nn.Module:
     """Replaces the N:M layers of a trained model, in place, by packed ones for inference.
 
     These are the :class:`NMLinear` and :class:`NMConv2d` layers, after :meth:`NMSchedule.finish`, and linear layers
@@ -184,10 +206,15 @@ def convert_(model: nn.Module) -> nn.Module:
     cannot be packed (m does not divide its input channels), nor one that pads otherwise than with as many zeros on
     either side: it becomes a ``torch.nn.Conv2d`` with the zeros in its weight, and so does such a linear layer.
 
-    To load a converted model's state dict, convert a model of the same architecture and load it there.
+    To load a converted model's state dict, convert a model of the same architecture in the same way and load it there.
 
     Args:
         model: trained.
+        fold_norms: multiply a ``torch.nn.BatchNorm2d`` with running statistics into the packed convolution before it,
+            which then also computes the ReLU that may follow. Which ones belong together is known of neighbours in a
+            ``torch.nn.Sequential``, and of modules with a method ``norm_pairs()``, which yields the names of a
+            convolution and of the norm that alone sees its output, and whether a ReLU comes next. The module's forward
+            pass must then leave out the ReLU where the convolution has ``activation == "relu"``.
 
     Returns:
         ``model``; or its replacement, if it is an N:M layer itself.
@@ -207,11 +234,30 @@ def convert_(model: nn.Module) -> nn.Module:
                 raise ValueError(f"convert_: {name or type(layer).__name__}: {error}") from error
     if not replacements:
         raise ValueError(f"convert_: model must hold an N:M layer, got {type(model).__name__} without one")
+    if fold_norms:
+        for layer, norm, relu in list(_norm_pairs(model)):
+            packed = replacements.get(id(layer))
+            if isinstance(packed, PackedNMConv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+                packed.fold_(norm, relu is not None)
+                replacements |= {id(gone): nn.Identity() for gone in (norm, relu) if isinstance(gone, nn.Module)}
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
             if id(module) in replacements:
                 parent._modules[child] = replacements[id(module)]
     return replacements.get(id(model), model)
+
+
+def _norm_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | bool | None]]:
+    """Each convolution with its norm, and the ReLU after that: a module, True for one in a forward pass, or None."""
+    for module in model.modules():
+        if callable(pairs := getattr(module, "norm_pairs", None)):
+            for layer, norm, relu in pairs():
+                yield module.get_submodule(layer), module.get_submodule(norm), relu or None
+        if type(module).forward is nn.Sequential.forward:
+            children: list[nn.Module | None] = [*module.children(), None]
+            for layer, norm, after in zip(children, children[1:], [*children[2:], None], strict=False):
+                if layer is not None and norm is not None:
+                    yield layer, norm, after if isinstance(after, nn.ReLU) else None
 
 
 def _pattern(layer: nn.Module) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor.models.deit import deit_tiny_nm
-from tersor.models.resnet import resnet18_nm
+from tersor.models.resnet import resnet18_nm, resnet50_nm
 from tersor.sparsity import (
     NMConv2d,
     NMLinear,
@@ -94,6 +94,63 @@ def test_models(make: Any) -> None:
         found = convert_(model)(input)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert any(isinstance(m, (PackedNMLinear, PackedNMConv2d)) for m in model.modules())
+
+
+def spread_statistics(model: nn.Module) -> None:
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            if norm.affine:
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.uniform_(norm.bias, -0.5, 0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: resnet18_nm(n=2, m=4, num_classes=5), lambda: resnet50_nm(1, 4, 5)])
+def test_folded_norms(make: Any) -> None:
+    """No norm is left but the stem's, and no ReLU is lost or done where it was not."""
+    torch.manual_seed(1)
+    model = finished(make()).eval()
+    spread_statistics(model)
+    input = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(input)
+        found = convert_(model, fold_norms=True)(input)
+    assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-4
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 1
+    packed = [m for m in model.modules() if isinstance(m, PackedNMConv2d)]
+    assert {"relu", "none"} == {m.activation for m in packed}
+    again = convert_(finished(make()), fold_norms=True).eval()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(input), found)
+
+
+def test_folding_in_a_sequence() -> None:
+    model = nn.Sequential(
+        NMConv2d(4, 8, 3, n=2, m=4),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        NMConv2d(8, 8, 1, bias=False, n=1, m=4),
+        nn.BatchNorm2d(8, affine=False),
+        NMConv2d(8, 8, 1, n=2, m=4),
+        nn.ReLU(),
+        NMConv2d(8, 4, 1, n=2, m=4),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    )
+    finished(model).eval()
+    spread_statistics(nn.ModuleList([model[1], model[4]]))
+    input = torch.randn(2, 4, 6, 6)
+    expected = model(input)
+    convert_(model, fold_norms=True)
+    torch.testing.assert_close(model(input), expected, rtol=1e-4, atol=1e-5)
+    kinds = [type(layer) for layer in model]
+    packed, gone = PackedNMConv2d, nn.Identity
+    assert kinds == [packed, gone, gone, packed, gone, packed, nn.ReLU, packed, nn.BatchNorm2d]
+    with pytest.raises(ValueError, match="norm must have 8 channels and running statistics, got 4"):
+        model[0].fold_(nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="must have no activation yet, got 'relu'"):
+        model[0].fold_(nn.BatchNorm2d(8))
 
 
 def test_state_dict_is_all_there_is() -> None:
