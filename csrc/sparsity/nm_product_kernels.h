@@ -8,7 +8,6 @@ namespace TERSOR_ISA {
 using namespace ::tersor::TERSOR_ISA;
 
 constexpr int LANES = Simd<float>::lanes;
-
 constexpr int TABLE = 256 * 8;  // places of every byte of the index
 
 // One thread's memory. The sums of each tile of columns lie together.
@@ -215,7 +214,7 @@ static void multiply(const float* input, const uint16_t* offsets, int64_t offset
 
 using Multiply = void (*)(const float*, const uint16_t*, int64_t, const float* const*, int64_t, float*, bool);
 
-// By rows (ROWS or 1) and vectors.
+// For that many vectors of columns.
 template <int ROWS>
 static Multiply multiply_for(int vectors) {
   switch (vectors) {

@@ -20,7 +20,7 @@ namespace tersor::nm_product {
 namespace {
 
 constexpr int64_t TILE_BYTES = 24 << 10;  // of the transposed input: half of an L1 cache of 48 KiB
-constexpr int64_t MOST_TILE = 768;           // columns of a unit with matrix tiles
+constexpr int64_t MOST_TILE = 768;        // columns of a unit with matrix tiles
 constexpr int64_t SUMS = 256 << 10;       // of a unit: 1 MiB, half of an L2 cache
 
 struct Free {

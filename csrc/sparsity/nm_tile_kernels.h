@@ -14,8 +14,8 @@ namespace TERSOR_ISA {
 #endif
 using namespace ::tersor::TERSOR_ISA;
 
-constexpr int TILE_OUTPUTS = 32;      // rows of the weight at a time: two tiles of 16
-constexpr int64_t TILE_CHUNK = 512;   // of their elements: 32 KiB of the L1 cache
+constexpr int TILE_OUTPUTS = 32;     // rows of the weight at a time: two tiles of 16
+constexpr int64_t TILE_CHUNK = 512;  // of their elements: 32 KiB of the L1 cache
 
 // Elements of a row, up to whole tiles; a tile of zeros for a row of none.
 static int64_t whole(const Task& task) { return std::max<int64_t>(32, (task.row() + 31) / 32 * 32); }
