@@ -78,20 +78,22 @@ inline void choose_tile(Task& task) {
   task.chunk = std::max<int64_t>(1, elements / task.places->elements) * task.places->elements;
 }
 
-// Runs `do_unit` on all tiles of columns, groups and parts of the outputs.
+// Runs `do_unit` on all tiles of columns, groups and parts of the outputs. Where there are few tiles, and not as much to
+// do for every thread, each has its part of the outputs of all of them.
 inline void run_units(const Task& task, void (*do_unit)(const Task&, const Unit&, void*),
                       int64_t (*scratch)(const Task&, int64_t)) {
-  const int64_t tiles = (task.columns + task.tile - 1) / task.tile, threads = torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tiles = (task.columns + task.tile - 1) / task.tile * task.groups;
   int64_t parts = (task.outputs * task.tile + SUMS - 1) / SUMS;
-  const int64_t units = tiles * task.groups * parts;
-  if (units % threads && units < 4 * threads) parts *= std::max<int64_t>(1, std::min(threads, task.outputs / parts / 32));
+  const bool even = tiles * parts % threads == 0 && task.columns % task.tile == 0;
+  if (!even && tiles * parts < 8 * threads) parts *= std::max<int64_t>(1, std::min(threads, task.outputs / parts / 32));
   const int64_t size = round_up((task.outputs + parts - 1) / parts, 16), bytes = scratch(task, size);
   parts = (task.outputs + size - 1) / size;
-  torch::stable::parallel_for(0, tiles * task.groups * parts, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
     const auto memory = scratch_memory(bytes);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i % parts, tile = i / parts / task.groups;
-      const Unit unit{i / parts % task.groups, tile * task.tile, std::min(task.columns, (tile + 1) * task.tile),
+      const int64_t part = i / tiles, tile = i % tiles / task.groups;
+      const Unit unit{i % task.groups, tile * task.tile, std::min(task.columns, (tile + 1) * task.tile),
                       part * size, std::min(task.outputs, (part + 1) * size)};
       do_unit(task, unit, memory.get());
     }
