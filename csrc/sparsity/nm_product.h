@@ -8,7 +8,8 @@
 
 namespace tersor::nm_product {
 
-constexpr int64_t TILE = 64;   // columns of the input that are transposed into the L1 cache
+constexpr int TILE = 64;         // columns of the input that are transposed into the L1 cache,
+constexpr int NARROW_TILE = 16;  // and where there are no more than these: longer rows of them fit
 constexpr int64_t SLACK = 32;  // offsets that may be written beyond the last one
 
 // What one byte of the index stands for: up to 8 places, counted from the first of its groups' elements on. Bytes that
@@ -45,6 +46,7 @@ struct Task {
   int64_t output_n, output_c, output_w;
 
   int64_t tile;   // columns of a unit
+  int64_t pitch;  // of a tile's rows, and of its sums: TILE or NARROW_TILE
   int64_t chunk;  // elements of a row whose products are added at a time
 
   int64_t row() const { return taps * channels; }

@@ -8,6 +8,7 @@ namespace TERSOR_ISA {
 using namespace ::tersor::TERSOR_ISA;
 
 constexpr int LANES = Simd<float>::lanes;
+constexpr int MOST_ROWS = TERSOR_ISA_LEVEL == 2 ? 4 : 2;  // at a time: with 4 vectors, 16 sums in 32 registers, 8 in 16
 constexpr int TABLE = 256 * 8;  // places of every byte of the index
 
 // One thread's memory. The sums of each tile of columns lie together.
@@ -18,9 +19,9 @@ struct Workspace {
   int64_t tile_sums, offsets_row;
 
   Workspace(const Task& task, int64_t outputs, Arena& arena)
-      : tile_sums((outputs + 4) * TILE + LANES), offsets_row((task.chunk / task.m * task.n + SLACK + 7) / 32 * 32) {
-    input = arena.take<float>((task.chunk + 16) * TILE);  // a damaged mask may point up to 16 rows too far
-    sums = arena.take<float>(task.tile / TILE * tile_sums);
+      : tile_sums((outputs + 4) * task.pitch + LANES), offsets_row((task.chunk / task.m * task.n + SLACK + 7) / 32 * 32) {
+    input = arena.take<float>((task.chunk + 16) * task.pitch);  // a damaged mask may point up to 16 rows too far
+    sums = arena.take<float>(task.tile / task.pitch * tile_sums);
     values = arena.take<float>(4 * offsets_row), offsets = arena.take<uint16_t>(outputs * offsets_row + SLACK);
     table = arena.take<uint16_t>(TABLE), pixels = arena.take<const void*>(task.tile + LANES);
   }
@@ -89,7 +90,7 @@ static void fill_planes(const Task& task, const void* const* pixels, int64_t col
     bool border = false, dense = true;
     for (int i = 0; i < LANES; ++i) border |= point[i] == task.zeros, dense &= point[i] == point[0] + i;
     float* to = tile + c;
-    for (int64_t k = first; k < last; ++k, to += TILE) {
+    for (int64_t k = first; k < last; ++k, to += task.pitch) {
       const int64_t step = k * task.input_c;
       if (dense) store<float>(to, widen(point[0] + step));
       else if (!border) for (int i = 0; i < LANES; ++i) to[i] = static_cast<float>(point[i][step]);
@@ -104,9 +105,9 @@ static void fill(const Task& task, const Unit& unit, int64_t first, int64_t last
   for (int64_t k = first; k < last;) {
     const int64_t tap = k / task.channels, end = std::min(last, (tap + 1) * task.channels);
     if (k == first || k == tap * task.channels) find_pixels<T>(task, unit, tap, space.pixels);
-    float* const to = space.input + (k - first) * TILE;
+    float* const to = space.input + (k - first) * task.pitch;
     const int64_t from = k - tap * task.channels, until = end - tap * task.channels, columns = unit.last - unit.first;
-    if (task.input_c == 1) fill_points<T>(space.pixels, columns, TILE, from, until, to);
+    if (task.input_c == 1) fill_points<T>(space.pixels, columns, task.pitch, from, until, to);
     else fill_planes<T>(task, space.pixels, columns, from, until, to);
     k = end;
   }
@@ -178,7 +179,7 @@ TERSOR_INLINE void find_offsets(const Task& task, const uint16_t* table, int sca
 
 // The products of ROWS rows of the weight with VECTORS vectors of columns, added to the sums. Unrolled before anything
 // else: otherwise the sums go through memory on their way in and out.
-template <int ROWS, int VECTORS, bool FIRST>
+template <int ROWS, int VECTORS, int PITCH, bool FIRST>
 TERSOR_INLINE void multiply_rows(const float* input, const uint16_t* offsets, int64_t offsets_row,
                                  const float* const* values, int64_t count, float* sums) {
   Vec<float> sum[ROWS][VECTORS];
@@ -187,7 +188,7 @@ TERSOR_INLINE void multiply_rows(const float* input, const uint16_t* offsets, in
   for (int r = 0; r < ROWS; ++r) {
     value[r] = values[r];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = FIRST ? Vec<float>{} : load(sums + r * TILE + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = FIRST ? Vec<float>{} : load(sums + r * PITCH + v * LANES);
   }
   for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 8
@@ -201,29 +202,34 @@ TERSOR_INLINE void multiply_rows(const float* input, const uint16_t* offsets, in
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) store<float>(sums + r * TILE + v * LANES, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) store<float>(sums + r * PITCH + v * LANES, sum[r][v]);
   }
 }
 
-template <int ROWS, int VECTORS>
+template <int ROWS, int VECTORS, int PITCH>
 static void multiply(const float* input, const uint16_t* offsets, int64_t offsets_row, const float* const* values,
                      int64_t count, float* sums, bool first) {
-  if (first) multiply_rows<ROWS, VECTORS, true>(input, offsets, offsets_row, values, count, sums);
-  else multiply_rows<ROWS, VECTORS, false>(input, offsets, offsets_row, values, count, sums);
+  if (first) multiply_rows<ROWS, VECTORS, PITCH, true>(input, offsets, offsets_row, values, count, sums);
+  else multiply_rows<ROWS, VECTORS, PITCH, false>(input, offsets, offsets_row, values, count, sums);
 }
 
 using Multiply = void (*)(const float*, const uint16_t*, int64_t, const float* const*, int64_t, float*, bool);
 
 // For that many vectors of columns.
-template <int ROWS>
+template <int ROWS, int PITCH>
 static Multiply multiply_for(int vectors) {
   switch (vectors) {
-    case 1: return multiply<ROWS, 1>;
-    case 2: return multiply<ROWS, 2>;
-    case 3: return multiply<ROWS, 3>;
-    case 4: return multiply<ROWS, 4>;
+    case 1: return multiply<ROWS, 1, PITCH>;
+    case 2: return multiply<ROWS, 2, PITCH>;
+    case 3: return multiply<ROWS, 3, PITCH>;
+    case 4: return multiply<ROWS, 4, PITCH>;
   }
   return nullptr;
+}
+
+template <int ROWS>
+static Multiply multiply_for(int64_t pitch, int vectors) {
+  return pitch == NARROW_TILE ? multiply_for<ROWS, NARROW_TILE>(vectors) : multiply_for<ROWS, TILE>(vectors);
 }
 
 // The offsets of elements [first, last) of all rows of the unit.
@@ -233,7 +239,7 @@ static void find_all_offsets(const Task& task, const Unit& unit, int64_t first, 
   const uint8_t* index = task.index + (unit.group * task.outputs + unit.from) * task.index_row + first / per_byte * wide;
   uint16_t* offsets = space.offsets;
   for (int64_t o = unit.from; o < unit.to; ++o, index += task.index_row, offsets += space.offsets_row) {
-    find_offsets(task, space.table, TILE * sizeof(float), index, bytes, offsets);
+    find_offsets(task, space.table, static_cast<int>(task.pitch * sizeof(float)), index, bytes, offsets);
   }
 }
 
@@ -243,11 +249,10 @@ static void multiply_chunk(const Task& task, const Unit& unit, int64_t first, in
                            float* sums) {
   const int64_t columns = (unit.last - unit.first + LANES - 1) / LANES, kept = task.kept();
   const int64_t count = (last - first) / task.m * task.n;
-  const int most = TERSOR_ISA_LEVEL == 2 ? 4 : 2;
   const T* from = static_cast<const T*>(task.values) + (unit.group * task.outputs + unit.from) * kept + first / task.m * task.n;
   const uint16_t* offsets = space.offsets;
   for (int64_t o = unit.from; o < unit.to;) {
-    const int rows = unit.to - o >= most ? most : 1;
+    const int rows = unit.to - o >= MOST_ROWS ? MOST_ROWS : 1;
     const float* values[4];
     for (int r = 0; r < rows; ++r, from += kept) {
       if constexpr (std::is_same_v<T, float>) {
@@ -262,10 +267,10 @@ static void multiply_chunk(const Task& task, const Unit& unit, int64_t first, in
     }
     for (int64_t v = 0; v < columns; v += 4) {
       const int vectors = static_cast<int>(std::min<int64_t>(4, columns - v));
-      const Multiply product = rows == 1 ? multiply_for<1>(vectors) : multiply_for<TERSOR_ISA_LEVEL == 2 ? 4 : 2>(vectors);
+      const Multiply product = rows == 1 ? multiply_for<1>(task.pitch, vectors) : multiply_for<MOST_ROWS>(task.pitch, vectors);
       product(space.input + v * LANES, offsets, space.offsets_row, values, count, sums + v * LANES, first == 0);
     }
-    o += rows, offsets += rows * space.offsets_row, sums += rows * TILE;
+    o += rows, offsets += rows * space.offsets_row, sums += rows * task.pitch;
   }
 }
 
@@ -299,7 +304,7 @@ TERSOR_INLINE void finish(const Task& task, int64_t output, int rows, const floa
   for (int r = 0; r < 4; ++r) {
     v[r] = Vec<float>{};
     if (r >= rows) continue;
-    v[r] = load(sums + r * TILE);
+    v[r] = load(sums + r * task.pitch);
     if (task.bias) v[r] += static_cast<float>(static_cast<const T*>(task.bias)[output + r]);
     v[r] = activate(v[r], task.activation);
   }
@@ -312,12 +317,12 @@ static void write_points(const Task& task, const Unit& unit, const float* sums, 
   constexpr int block = 64 / sizeof(T);
   const int64_t row = unit.group * task.outputs;
   alignas(64) T line[LANES * block];
-  for (int64_t o = unit.from; o < unit.to; o += block, sums += block * TILE) {
+  for (int64_t o = unit.from; o < unit.to; o += block, sums += block * task.pitch) {
     const int outputs = static_cast<int>(std::min<int64_t>(block, unit.to - o));
     for (int i = 0; i < outputs; i += 4) {
       Vec<float> v[4];
       const int rows = std::min(4, outputs - i);
-      finish<T>(task, row + o + i, rows, sums + i * TILE, v);
+      finish<T>(task, row + o + i, rows, sums + i * task.pitch, v);
       store_tokens(line + i, block, LANES, rows, v);
     }
     for (int c = 0; c < count; ++c) {
@@ -331,7 +336,7 @@ static void write_points(const Task& task, const Unit& unit, const float* sums, 
 template <class T>
 static void write_planes(const Task& task, const Unit& unit, const float* sums, int count, T* to) {
   const int64_t row = unit.group * task.outputs;
-  for (int64_t o = unit.from; o < unit.to; o += 4, sums += 4 * TILE) {
+  for (int64_t o = unit.from; o < unit.to; o += 4, sums += 4 * task.pitch) {
     Vec<float> v[4];
     const int rows = static_cast<int>(std::min<int64_t>(4, unit.to - o));
     finish<T>(task, row + o, rows, sums, v);
@@ -357,11 +362,11 @@ template <class T>
 static void do_unit(const Task& task, const Unit& unit, void* memory) {
   Arena arena{static_cast<char*>(memory)};
   const Workspace space(task, unit.to - unit.from, arena);
-  const int64_t tiles = (unit.last - unit.first + TILE - 1) / TILE;
+  const int64_t tiles = (unit.last - unit.first + task.pitch - 1) / task.pitch;
   const auto tile_of = [&](int64_t t) {
-    return Unit{unit.group, unit.first + t * TILE, std::min(unit.last, unit.first + (t + 1) * TILE), unit.from, unit.to};
+    return Unit{unit.group, unit.first + t * task.pitch, std::min(unit.last, unit.first + (t + 1) * task.pitch), unit.from, unit.to};
   };
-  make_table(task, TILE * sizeof(float), space.table);
+  make_table(task, static_cast<int>(task.pitch * sizeof(float)), space.table);
   std::fill(space.offsets, space.offsets + (unit.to - unit.from) * space.offsets_row, uint16_t(0));
   if (task.row() == 0) std::fill(space.sums, space.sums + tiles * space.tile_sums, 0.0f);
   for (int64_t first = 0; first < task.row(); first += task.chunk) {

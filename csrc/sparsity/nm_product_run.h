@@ -73,8 +73,9 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 
 // Two tiles of columns are a unit: the values come from the L2 cache for the second one, and its offsets are found.
 inline void choose_tile(Task& task) {
-  task.tile = task.columns > TILE ? 2 * TILE : TILE;
-  const int64_t elements = TILE_BYTES / (TILE * static_cast<int64_t>(sizeof(float)));
+  task.pitch = task.columns > NARROW_TILE ? TILE : NARROW_TILE;
+  task.tile = task.columns > TILE ? 2 * TILE : task.pitch;
+  const int64_t elements = TILE_BYTES / (task.pitch * static_cast<int64_t>(sizeof(float)));
   task.chunk = std::max<int64_t>(1, elements / task.places->elements) * task.places->elements;
 }
 
