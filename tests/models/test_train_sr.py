@@ -16,7 +16,7 @@ for _module in ("matplotlib", "rich", "safetensors", "skimage", "sklearn"):
 
 import skimage.metrics  # noqa: E402
 
-from tersor.models import _photos, _sr_measure, _sr_plot, _sr_train, train_sr  # noqa: E402
+from tersor.models import _command, _photos, _sr_measure, _sr_plot, _sr_train, train_sr  # noqa: E402
 from tersor.models._digits import StateError, read_safetensors, write_safetensors  # noqa: E402
 from tersor.models._sr_symmetric import SymmetricActivation, make_symmetric_  # noqa: E402
 from tersor.models.edsr import EDSR  # noqa: E402
@@ -390,7 +390,7 @@ def test_missing_extras_give_one_line(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     assert train_sr.main([]) == 1
     said = capsys.readouterr().err
-    assert said == f'train_sr needs {train_sr.EXTRAS[module]}: pip install "tersor[demo]"\n'
+    assert said == f'train_sr needs {_command.PHOTOGRAPHS[module]}: pip install "tersor[demo]"\n'
 
 
 def test_largest_patch_fits_every_training_region():
