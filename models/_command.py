@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import json
 import platform
 import subprocess
 import sys
@@ -109,3 +110,21 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
+
+
+def write_results(path: Path, options: argparse.Namespace, runs: Mapping[str, Sequence[Any]]) -> Path:
+    """The machine, the options and the progress (dataclasses) of all runs of each name, as JSON."""
+    contents: dict[str, Any] = {"about": about()}
+    contents["options"] = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
+    contents |= {name: [vars(run) for run in group] for name, group in runs.items()}
+    path.write_text(json.dumps(contents, indent=1) + "\n")
+    return path
+
+
+def write_page(path: Path, title: str, rows: Sequence[Sequence[str]], below: Sequence[str]) -> Path:
+    """A page of Markdown with the machine, a table whose first row is its header, and the lines below that."""
+    line = ", ".join(f"{name} {value}" for name, value in about().items())
+    lines = [f"# {title}", "", line, ""]
+    lines += [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+    path.write_text("\n".join([*lines, *below]) + "\n")
+    return path

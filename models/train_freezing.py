@@ -11,16 +11,15 @@ accuracies and of the backward pass over time, and the states that ``--resume`` 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from tersor.models._command import PHOTOGRAPHS, about, between, folder, make_output, run_command
+from tersor.models._command import PHOTOGRAPHS, between, folder, make_output, run_command, write_page, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +59,13 @@ def run(options: argparse.Namespace) -> None:
     groups = dict(sorted(groups.items(), key=lambda item: (-item[0][1], METHODS.index(item[0][0]))))
     rows = _rows(groups)
     _print_table(console, rows)
-    written = [_write_results(output / "results.json", options, groups), _write_page(output / "results.md", rows)]
+    named = {f"{method} {bits}-bit": runs for (method, bits), runs in groups.items()}
+    below = ["", "![accuracy](accuracy.png)", "", "![freezing over time](freezing.png)"]
+    title = "Freezing during quantisation-aware training"
+    written = [
+        write_results(output / "results.json", options, named),
+        write_page(output / "results.md", title, rows, below),
+    ]
     for path in (*written, *_freezing_plot.draw(output, groups)):
         console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
 
@@ -153,24 +158,6 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
     )
     table.caption_justify = "left"
     console.print(table)
-
-
-def _write_results(path: Path, options: argparse.Namespace, groups: dict[tuple[str, int], list[Progress]]) -> Path:
-    contents: dict[str, Any] = {"about": about()}
-    contents["options"] = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
-    for (method, bits), runs in groups.items():
-        contents[f"{method} {bits}-bit"] = [vars(run) for run in runs]
-    path.write_text(json.dumps(contents, indent=1) + "\n")
-    return path
-
-
-def _write_page(path: Path, rows: list[list[str]]) -> Path:
-    line = ", ".join(f"{name} {value}" for name, value in about().items())
-    lines = ["# Freezing during quantisation-aware training", "", line, ""]
-    lines += [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-    lines += ["", "![accuracy](accuracy.png)", "", "![freezing over time](freezing.png)"]
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ models, and the states that ``--resume`` goes on from. Needs the extra ``tersor[
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from tersor.models._command import PHOTOGRAPHS, about, between, folder, make_output, run_command
+from tersor.models._command import PHOTOGRAPHS, between, folder, make_output, run_command, write_page, write_results
 from tersor.sparsity.nm_pattern import check_pattern
 
 if TYPE_CHECKING:
@@ -58,7 +57,14 @@ def run(options: argparse.Namespace) -> None:
             groups[method, pattern].append(_train(console, config, output, options.resume))
     rows = _rows(groups, options.test_patches * len(_textures.NAMES))
     _print_table(console, rows)
-    written = [_write_results(output / "results.json", options, groups), _write_page(output / "results.md", rows)]
+    named = {f"{method} {pattern}".strip(): runs for (method, pattern), runs in groups.items()}
+    steps = f"{CAPTION} Steps: seconds of all training steps, median of the seeds."
+    below = ["", steps, "", "![accuracy and size](sparsity.png)"]
+    title = "N:M sparsity: LBC and SR-STE"
+    written = [
+        write_results(output / "results.json", options, named),
+        write_page(output / "results.md", title, rows, below),
+    ]
     for path in (*written, *_sparsity_plot.draw(output, groups)):
         console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
 
@@ -181,29 +187,6 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
         table.add_row(*row[:PRINTED])
     table.caption, table.caption_justify = CAPTION, "left"
     console.print(table)
-
-
-def _write_results(path: Path, options: argparse.Namespace, groups: dict[tuple[str, str], list[Progress]]) -> Path:
-    contents: dict[str, Any] = {"about": about()}
-    contents["options"] = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
-    for (method, pattern), runs in groups.items():
-        contents[f"{method} {pattern}".strip()] = [vars(run) for run in runs]
-    path.write_text(json.dumps(contents, indent=1) + "\n")
-    return path
-
-
-def _write_page(path: Path, rows: list[list[str]]) -> Path:
-    line = ", ".join(f"{name} {value}" for name, value in about().items())
-    lines = ["# N:M sparsity: LBC and SR-STE", "", line, ""]
-    lines += [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-    lines += [
-        "",
-        f"{CAPTION} Steps: seconds of all training steps, median of the seeds.",
-        "",
-        "![accuracy and size](sparsity.png)",
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 namespace tersor::nm_product {
 namespace {
 
-constexpr int64_t FEW_FOR_TILES = 5;  // columns from which on matrix tiles are faster
+constexpr int64_t FEW_FOR_TILES = 5;  // columns from which on matrix tiles are taken
 constexpr int64_t FEW = 8;  // columns up to which the weight is read along its rows
 
 // The columns in float32, side by side.

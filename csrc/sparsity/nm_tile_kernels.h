@@ -1,7 +1,7 @@
 // The kernels of nm_product.h for bfloat16 on processors with matrix tiles (AMX), which no psABI level has: asked for at
 // run time. foreach_isa.h includes this file for all levels.
 //
-// Tiles multiply dense matrices, zeros included, at 8 times the rate of vectors. The packed weight is read once, spread
+// Tiles multiply dense matrices, zeros included, at many times the rate of vectors. The packed weight is read once, spread
 // into tiles in the L1 cache, and used for all columns of the unit.
 
 namespace tersor::nm_product {

@@ -1,4 +1,4 @@
-"""Where the CPU takes a dense product instead of a packed one, because that was measured to be faster."""
+"""Where the CPU takes a dense product instead of a packed one: timed by hand on two cores of a Xeon with AMX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Crossover(NamedTuple):
         return f"{self.dtype} from {self.columns} {unit} on{kept}"
 
 
-# The weight is unpacked for each such call, which is part of what was measured.
+# The weight is unpacked for each such call, which is counted in.
 CROSSOVERS = (
     Crossover("linear", torch.float32, 0.5, 64),
     Crossover("linear", torch.bfloat16, 0.0, 1024),

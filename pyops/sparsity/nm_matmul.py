@@ -83,6 +83,7 @@ def check_operands(where: str, input: Tensor, values: Tensor, bias: Tensor | Non
 
 
 def check_activation(where: str, activation: Any) -> str:
+    """The activation; raises unless it is one that the products compute."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{where}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return activation

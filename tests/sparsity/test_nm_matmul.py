@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_problem import PATTERNS, packed_weight
+from packed_problem import ACTIVATIONS, ERRORS, PATTERNS, packed_weight
 from subject import Subject
 from torch import Tensor
 
@@ -24,9 +24,6 @@ from tersor.sparsity.nm_crossover import CROSSOVERS
 from tersor.sparsity.nm_unpack import unpack_rows
 
 native = _backends._introspection()
-ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "gelu": F.gelu}
-# Of the sum of the terms' absolute values. In float32 all roundings of a sum, in the half types that of the result.
-ERRORS = {torch.float32: 4e-7, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def _fixed(n: int, m: int) -> tuple[Tensor, Tensor]:
