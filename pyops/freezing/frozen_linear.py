@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tersor._checks import check_floating
-from tersor._operator import autocast_tensors, call_function, operator
+from tersor._operator import autocast_tensors, call_function, is_autocast_enabled, operator
 from tersor.freezing.freeze_plan import DENSE, FreezePlan, freeze_plan
 from tersor.freezing.mask import check_mask, unpack_mask
 from tersor.freezing.zero_frozen import masked
@@ -68,7 +68,7 @@ def check_layer(where: str, weight: Tensor, bias: Tensor | None, input: Tensor) 
             continue
         if tensor.device != input.device:
             raise ValueError(f"{where}: {name} must be on the device of input {input.device}, got {tensor.device}")
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if tensor.dtype != input.dtype and not is_autocast_enabled(input.device.type):
             raise TypeError(f"{where}: {name} must have the dtype of input {input.dtype}, got {tensor.dtype}")
 
 
