@@ -2,7 +2,15 @@
 
 from tersor import _backends
 from tersor._backends import backends, use_backend
-from tersor.attention import DilatedAttention, dilated_attention, dilated_attention_qkvpacked
+from tersor.attention import (
+    DilatedAttention,
+    dilated_attention,
+    dilated_attention_qkvpacked,
+    window_attention,
+    window_attention_kvpacked,
+    window_attention_qkpacked,
+    window_attention_qkvpacked,
+)
 from tersor.freezing import (
     FreezeSchedule,
     FrozenAdamW,
@@ -67,6 +75,10 @@ __all__ = [
     "srste_sparsify",
     "use_backend",
     "weight_fake_quantize",
+    "window_attention",
+    "window_attention_kvpacked",
+    "window_attention_qkpacked",
+    "window_attention_qkvpacked",
 ]
 
 _backends.load()
