@@ -196,7 +196,7 @@ Tensor run_backward(Task& task, const Tensor& query, const std::optional<Tensor>
   task.head_group = 2 * task.blocks >= MOST_BLOCKS ? task.heads : 1;
   Memory tables;
   if (position_bias) {
-    const int64_t count = std::max<int64_t>(1, task.blocks * task.heads);
+    const int64_t count = std::max<int64_t>(1, task.blocks) * task.heads;
     tables = allocate(count * task.bias_size() * static_cast<int64_t>(sizeof(A)));
     task.grad_bias = tables.get();
   }

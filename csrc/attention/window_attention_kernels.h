@@ -285,14 +285,16 @@ void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
     }
     load_rows<T, A>(task, window, task.query, head, static_cast<A>(task.scale), work.query, work.depth);
     load_rows<T, A>(task, window, task.key, head, A(1), work.key, work.depth);
-    load_rows<T, A>(task, window, task.value, head, A(1), work.value, work.depth);
     T* output = static_cast<T*>(task.output) + head * task.head_dim;
-    prefetch_result(task, window, output, task.heads * task.head_dim);
     to_planes(work, work.query, work.query_planes);
     for (int64_t first = 0; first < work.tokens; first += work.chunk) {
       const int64_t width = std::min(work.chunk, work.pitch - first);
       A factors[Workspace<A>::most];
       find_logits(task, window, work, head, first, width);
+      if (first == 0) {  // now, since memory answers best if it is not asked for all at once
+        load_rows<T, A>(task, window, task.value, head, A(1), work.value, work.depth);
+        prefetch_result(task, window, output, task.heads * task.head_dim);
+      }
       softmax(work, first, width, factors);
       product_columns<A>(work.head_dim, width, work.tokens, work.value, 1, work.depth, work.weights, work.chunk,
                          [](int64_t) -> const A* { return nullptr; }, work.out_planes, work.chunk);
@@ -353,25 +355,30 @@ void backward_window(const Task& task, const Window& window, Workspace<A>& work,
   const int64_t depth = work.depth;
   load_rows<T, A>(task, window, task.query, head, static_cast<A>(task.scale), work.query, depth);
   load_rows<T, A>(task, window, task.key, head, A(1), work.key, depth);
-  load_rows<T, A>(task, window, task.value, head, A(1), work.value, depth);
-  load_rows<T, A>(task, window, task.grad_output, head, A(1), work.grad, depth);
   to_planes(work, work.query, work.query_planes);
-  to_planes(work, work.grad, work.grad_planes);
   std::fill(work.logsumexp + work.tokens, work.logsumexp + work.pitch, A(0));
   move_statistics<A, true>(task, window, work, head);
-  for (int i = 0; i < 3; ++i) {
+  const auto prefetch_gradient = [&](int i) {
     prefetch_result(task, window, static_cast<T*>(task.gradients[i]) + head * task.head_dim, task.gradient_columns[i]);
-  }
+  };
   for (int64_t first = 0; first < work.tokens; first += work.chunk) {
     const int64_t width = std::min(work.chunk, work.pitch - first), queries = std::min(width, work.tokens - first);
     find_logits(task, window, work, head, first, width);
+    if (first == 0) {  // now, since memory answers best if it is not asked for all at once
+      load_rows<T, A>(task, window, task.value, head, A(1), work.value, depth);
+      load_rows<T, A>(task, window, task.grad_output, head, A(1), work.grad, depth);
+      to_planes(work, work.grad, work.grad_planes);
+    }
     product_columns<A>(work.tokens, width, work.head_dim, work.value, depth, 1, work.grad_planes + first, work.pitch,
                        nothing, work.grad_weights, work.chunk);
+    if (first == 0) prefetch_gradient(0);
     softmax_backward(work, first, width);
+    if (first == 0) prefetch_gradient(1);
     if (table) add_bias_gradient(task, work, first, width, table);
     product_columns<A>(work.head_dim, width, work.tokens, work.key, 1, depth, work.grad_weights, work.chunk, nothing,
                        work.out_planes, work.chunk);
     from_planes(work, work.out_planes, first, width, work.scales, work.out);
+    if (first == 0) prefetch_gradient(2);
     const auto sums = [=](const A* to) {
       return [=](int64_t row) { return first ? to + row * depth : nullptr; };
     };
