@@ -21,6 +21,7 @@ from tersor.models.dilateformer import (
 from tersor.models.edsr import EDSR, edsr_baseline, edsr_tiny
 from tersor.models.layers import load_checkpoint
 from tersor.models.mobilenet import MobileNet, mobilenet_v1, mobilenet_v1_quant, mobilenet_v2, mobilenet_v2_quant
+from tersor.models.pslt import PSLT, PSLTBackbone, pslt_backbone, pslt_base, pslt_large, pslt_tiny
 from tersor.models.rdn import RDN, rdn_a, rdn_b, rdn_tiny
 from tersor.models.resnet import (
     ResNet,
@@ -37,10 +38,12 @@ from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
 
 __all__ = [
     "EDSR",
+    "PSLT",
     "RDN",
     "DeiT",
     "DilateFormer",
     "MobileNet",
+    "PSLTBackbone",
     "ResNet",
     "SRResNet",
     "attention_transfer",
@@ -61,6 +64,10 @@ __all__ = [
     "mobilenet_v1_quant",
     "mobilenet_v2",
     "mobilenet_v2_quant",
+    "pslt_backbone",
+    "pslt_base",
+    "pslt_large",
+    "pslt_tiny",
     "rdn_a",
     "rdn_b",
     "rdn_tiny",

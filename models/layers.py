@@ -15,33 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor.attention.layers import DropPath
+
 Layer = Callable[..., nn.Module]  # what makes one, called like torch's own
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drops the branch of whole samples with probability ``rate`` in training.
-
-    What is kept is scaled by ``1 / (1 - rate)``. Dimension 0 is the batch.
-
-    Raises:
-        ValueError: ``rate`` is not in [0, 1).
-    """
-
-    def __init__(self, rate: float = 0.0) -> None:
-        super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"DropPath: rate must be in [0, 1), got {rate}")
-        self.rate = float(rate)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return input
-        keep = 1 - self.rate
-        mask = input.new_empty((input.shape[0],) + (1,) * (input.dim() - 1)).bernoulli_(keep)
-        return input * mask.div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3g}"
 
 
 class Mlp(nn.Module):

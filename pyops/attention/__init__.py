@@ -1,6 +1,8 @@
 """Attention operators."""
 
 from tersor.attention.dilated_attention import DilatedAttention, dilated_attention, dilated_attention_qkvpacked
+from tersor.attention.ladder_attention import LadderAttention, LadderBlock, MlpLight, pixel_adaptive_fusion
+from tersor.attention.layers import WindowAttention
 from tersor.attention.window_attention import (
     window_attention,
     window_attention_kvpacked,
@@ -10,8 +12,13 @@ from tersor.attention.window_attention import (
 
 __all__ = [
     "DilatedAttention",
+    "LadderAttention",
+    "LadderBlock",
+    "MlpLight",
+    "WindowAttention",
     "dilated_attention",
     "dilated_attention_qkvpacked",
+    "pixel_adaptive_fusion",
     "window_attention",
     "window_attention_kvpacked",
     "window_attention_qkpacked",
