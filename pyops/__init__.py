@@ -4,8 +4,10 @@ from tersor import _backends
 from tersor._backends import backends, use_backend
 from tersor.attention import (
     DilatedAttention,
+    LeFF,
     dilated_attention,
     dilated_attention_qkvpacked,
+    leff,
     window_attention,
     window_attention_kvpacked,
     window_attention_qkpacked,
@@ -47,6 +49,7 @@ __all__ = [
     "FreezeSchedule",
     "FrozenAdamW",
     "FrozenSGD",
+    "LeFF",
     "LtsConv2d",
     "LtsLinear",
     "NMConv2d",
@@ -67,6 +70,7 @@ __all__ = [
     "fake_quantize_pact",
     "frozen_conv2d",
     "frozen_linear",
+    "leff",
     "lts_quantize",
     "nm_conv2d",
     "nm_linear",

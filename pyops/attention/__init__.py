@@ -1,6 +1,7 @@
 """Attention operators."""
 
 from tersor.attention.dilated_attention import DilatedAttention, dilated_attention, dilated_attention_qkvpacked
+from tersor.attention.leff import LeFF, leff
 from tersor.attention.window_attention import (
     window_attention,
     window_attention_kvpacked,
@@ -10,8 +11,10 @@ from tersor.attention.window_attention import (
 
 __all__ = [
     "DilatedAttention",
+    "LeFF",
     "dilated_attention",
     "dilated_attention_qkvpacked",
+    "leff",
     "window_attention",
     "window_attention_kvpacked",
     "window_attention_qkpacked",
