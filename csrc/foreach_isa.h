@@ -27,6 +27,7 @@ using torch::headeronly::Half;
 #define TERSOR_ISA_LEVEL 0
 #define TERSOR_VECTOR_BYTES 16
 #include "simd.h"
+#include "simd_tokens.h"
 #include TERSOR_BODY
 #undef TERSOR_ISA
 #undef TERSOR_ISA_LEVEL
@@ -44,6 +45,7 @@ using torch::headeronly::Half;
 #define TERSOR_ISA_LEVEL 1
 #define TERSOR_VECTOR_BYTES 32
 #include "simd.h"
+#include "simd_tokens.h"
 #include TERSOR_BODY
 #undef TERSOR_ISA
 #undef TERSOR_ISA_LEVEL
@@ -60,6 +62,7 @@ using torch::headeronly::Half;
 #define TERSOR_ISA_LEVEL 2
 #define TERSOR_VECTOR_BYTES 64
 #include "simd.h"
+#include "simd_tokens.h"
 #include TERSOR_BODY
 #undef TERSOR_ISA
 #undef TERSOR_ISA_LEVEL

@@ -1,0 +1,40 @@
+// What the kernels of window_attention.cpp are told.
+#pragma once
+
+#include <cstdint>
+
+namespace tersor::window_attention {
+
+struct View {  // (B, H, W, heads, head_dim), head_dim contiguous; strides in elements
+  const void* data;
+  int64_t batch, row, column, head;
+};
+
+struct Task {
+  int64_t batch, height, width, heads, head_dim;
+  int64_t window_h, window_w, shift_h, shift_w;
+  double scale, mask_value;
+  View query, key, value, grad_output;
+  const bool* mask;  // of tokens (B, H, W) or of pairs (B, windows, N, N), contiguous; null for none
+  bool mask_of_pairs;
+  int64_t mask_batch;  // elements from one image to the next, 0 where all share one
+  const void* bias;    // spread, see bias_size(); null for none
+  void *output, *logsumexp;          // contiguous
+  void* gradients[3];                // of query, key and value at the first token
+  int64_t gradient_columns[3];       // elements from one token to the next
+  void* grad_bias;                   // one spread table per block of windows and head; null for none
+  int64_t blocks, block_windows;     // how the windows are shared out where their bias gradients are summed
+
+  int64_t tokens() const { return window_h * window_w; }
+  int64_t windows_across() const { return width / window_w; }
+  int64_t windows() const { return height / window_h * windows_across(); }  // of one image
+
+  // A head's bias, spread for contiguous access: for each column x of a key all (2h - 1) rows of differences in y, each
+  // with the w columns of the queries. What a key at (y, x) adds to all queries is one run of N elements of that, from
+  // (h - 1 - y) * w on.
+  int64_t bias_column() const { return (2 * window_h - 1) * window_w; }
+  int64_t bias_size() const { return window_w * bias_column() + BIAS_SLACK; }
+  static constexpr int64_t BIAS_SLACK = 64;  // vectors of the last queries read further
+};
+
+}  // namespace tersor::window_attention
