@@ -35,6 +35,16 @@ from tersor.models.resnet import (
     resnet50_quant,
 )
 from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
+from tersor.models.uformer import (
+    Uformer,
+    charbonnier_loss,
+    pad_and_run,
+    uformer_base,
+    uformer_nano,
+    uformer_small,
+    uformer_small_noshift,
+    uformer_tiny,
+)
 
 __all__ = [
     "EDSR",
@@ -46,7 +56,9 @@ __all__ = [
     "PSLTBackbone",
     "ResNet",
     "SRResNet",
+    "Uformer",
     "attention_transfer",
+    "charbonnier_loss",
     "deit_small",
     "deit_small_nm",
     "deit_tiny",
@@ -64,6 +76,7 @@ __all__ = [
     "mobilenet_v1_quant",
     "mobilenet_v2",
     "mobilenet_v2_quant",
+    "pad_and_run",
     "pslt_backbone",
     "pslt_base",
     "pslt_large",
@@ -82,6 +95,11 @@ __all__ = [
     "resnet50_quant",
     "srresnet",
     "srresnet_tiny",
+    "uformer_base",
+    "uformer_nano",
+    "uformer_small",
+    "uformer_small_noshift",
+    "uformer_tiny",
 ]
 
 if "timm" in sys.modules:

@@ -126,7 +126,7 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
         model: receives the weights in place.
         source: a ``.safetensors`` file, a file written by ``torch.save`` (read with ``weights_only=True``), or what
             such a file holds: a state dict, or a dict with one under ``"model"``, ``"state_dict"``
-            or ``"model_ema"``.
+            or ``"model_ema"``. Keys may all begin with ``"module."``, as those of a ``DataParallel`` model do.
         ema: take the averaged weights under ``"model_ema"``; without it they are taken only if nothing else is there.
 
     Raises:
@@ -148,6 +148,8 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
             "load_checkpoint: source must be a state dict or hold one under 'model', 'state_dict' or 'model_ema', "
             f"got keys {', '.join(map(str, list(source)[:5])) or '(none)'}"
         )
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     model.load_state_dict(state, strict=True)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tersor import LadderBlock
 from tersor._checks import as_int, check_floating, check_pair
-from tersor._folding import fold_into_next_
-from tersor.attention.ladder_attention import ChannelGate, fold_last_norms_, normalized
+from tersor._folding import ChannelAffine, fold_into_next_
+from tersor.attention.ladder_attention import ChannelGate, fold_layers_, folded_layers, normalized
 from tersor.models.layers import init_linear
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -51,16 +51,20 @@ class Mv2Se(nn.Module):
             nn.BatchNorm2d(out_channels),
         )
         self.se = ChannelGate(out_channels, out_channels // 2)
+        self.stride = stride
         self.residual = stride == 1 and in_channels == out_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        x = _convolved(self.conv, input)
+        if isinstance(self.conv[2], ChannelAffine) and self.stride == 1:
+            x = folded_layers(self.conv, input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            x = _convolved(self.conv, input)
         x = x * self.se(x.mean((2, 3)))[:, :, None, None]
         return input + x if self.residual else x
 
     def fold_norms_(self) -> None:
-        """See :func:`tersor.fold_norms_`; the first norm stays, as the convolution after it pads."""
-        fold_last_norms_(self.conv)
+        """See :func:`tersor.fold_norms_`; with stride 1 :func:`tersor.leff` then computes all but the gate."""
+        fold_layers_(self.conv)
 
 
 def _convolved(layers: nn.Sequential, input: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ def fold_norms_(model: nn.Module) -> nn.Module:
 
     With its running statistics a norm is an affine map of each channel. One behind a convolution goes into it, one in
     front of a convolution too if that pads nothing: padding comes after the norm, so that the borders would differ.
-    Folded norms become ``torch.nn.Identity``, and convolutions without a bias get one; the keys of the state dict
-    change accordingly. Folding again changes nothing.
+    Folded norms become ``torch.nn.Identity``, convolutions without a bias get one, and of a norm between a layer's own
+    convolutions that cannot be folded its scale and shift are left; the keys of the state dict change accordingly.
+    Folding again changes nothing.
 
     Args:
         model: in eval mode; layers with a method ``fold_norms_`` are asked, such as :class:`tersor.LadderBlock`'s.
@@ -38,6 +39,22 @@ def fold_norms_(model: nn.Module) -> nn.Module:
     for method in methods:
         method()
     return model
+
+
+class ChannelAffine(nn.Module):
+    """What is left of a batch norm that cannot be folded: ``x * scale + shift`` of ``(B, C, H, W)``."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name, tensor in zip(("scale", "shift"), _affine(norm), strict=True):
+            self.register_buffer(name, tensor.to(norm.running_mean.dtype))  # type: ignore[arg-type]
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.scale[:, None, None] + self.shift[:, None, None]
 
 
 @torch.no_grad()
@@ -69,6 +86,7 @@ def fold_into_next_(layers: nn.Sequential, norm_index: int, conv: nn.Module) -> 
     layers[norm_index] = nn.Identity().eval()
 
 
+@torch.no_grad()
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift of each channel, in float64."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor._checks import as_int, check_floating, check_pair
-from tersor._folding import fold_into_next_, fold_into_previous_
+from tersor._folding import ChannelAffine, fold_into_next_, fold_into_previous_
 from tersor._operator import autocast_tensors
 from tersor.attention.layers import DropPath, WindowBias
+from tersor.attention.leff import leff
 from tersor.attention.window_attention import window_attention_qkpacked, window_attention_qkvpacked
 
 _DIRECTIONS = (0, 1, -1)  # of the branches' shifts, in windows rolled up and left, or down and right
@@ -182,6 +183,8 @@ class MlpLight(nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.conv[2], ChannelAffine):
+            return folded_layers(self.conv, input)
         expand, activation, norm1, depthwise, _, norm2, reduce, norm3 = self.conv
         x = normalized(norm1, activation(_pointwise(expand, input)))
         x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -189,14 +192,27 @@ class MlpLight(nn.Module):
         return normalized(norm3, _pointwise(reduce, x))
 
     def fold_norms_(self) -> None:
-        """See :func:`tersor.fold_norms_`; the first norm stays, as the convolution after it pads."""
-        fold_last_norms_(self.conv)
+        """See :func:`tersor.fold_norms_`; then :func:`tersor.leff` computes it all."""
+        fold_layers_(self.conv)
 
 
-def fold_last_norms_(layers: nn.Sequential) -> None:
-    """Of eight layers as :class:`MlpLight`'s: both norms around the third convolution go into it."""
+def fold_layers_(layers: nn.Sequential) -> None:
+    """Of eight layers as :class:`MlpLight`'s: both norms around the third convolution go into it.
+
+    The first norm cannot go into the depth-wise convolution, whose padding comes after it.
+    """
     fold_into_next_(layers, 5, layers[6])
     fold_into_previous_(layers, 6, 7)
+    if not isinstance(layers[2], ChannelAffine):
+        layers[2] = ChannelAffine(layers[2])
+
+
+def folded_layers(layers: nn.Sequential, input: Tensor) -> Tensor:
+    """Folded layers with a depth-wise convolution of stride 1, on a map ``(B, H, W, C)``."""
+    modules: list[Any] = list(layers)
+    expand, _, affine, depthwise, _, _, reduce, _ = modules
+    first, last = (expand.weight.flatten(1), expand.bias), (reduce.weight.flatten(1), reduce.bias)
+    return leff(input, *first, depthwise.weight, depthwise.bias, *last, affine.scale, affine.shift)
 
 
 def normalized(norm: nn.Module, input: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def region(rolled: Tensor, size: int, window: int, shift: int) -> Tensor:
@@ -72,3 +74,26 @@ def check_gradients(module: torch.nn.Module, function, expected, *inputs: Tensor
     names = ["input", "value"][: len(inputs)] + [name for name, _ in module.named_parameters()]
     for name, ours, exact in zip(names, *both, strict=True):
         assert error(ours, exact) < 1e-9, name
+
+
+def parameters_and_macs(build: Callable[[], torch.nn.Module], size: int) -> tuple[float, float]:
+    """Millions, and giga multiply-adds of one image: convolutions, linear layers and both products of every attention.
+
+    All on the meta device: nothing is computed.
+    """
+
+    def attention(query: Any, *args: Any, out_shape: Any = None, **options: Any) -> int:
+        batch, height, width, heads, head_dim = query
+        return 4 * batch * height * width * heads * head_dim * args[4][0] * args[4][1]
+
+    def leff(input: Any, *args: Any, out_shape: Any = None, **options: Any) -> int:
+        batch, height, width, channels = input
+        hidden = args[0][0]
+        return 2 * batch * height * width * hidden * (2 * channels + 9)
+
+    with torch.device("meta"):
+        model, image = build().eval(), torch.empty(1, 3, size, size)
+    counts = {torch.ops.tersor.window_attention_forward: attention, torch.ops.tersor.leff_forward: leff}
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter, torch.no_grad():
+        model(image)
+    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
