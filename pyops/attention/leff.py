@@ -58,7 +58,7 @@ def leff(
     Source: Wang et al., "Uformer: A General U-Shaped Transformer for Image Restoration", arXiv 2106.03106.
     """
     name = "leff"
-    named = {
+    named: dict[str, Any] = {
         "input": input, "weight1": weight1, "bias1": bias1, "depthwise_weight": depthwise_weight,
         "depthwise_bias": depthwise_bias, "weight2": weight2, "bias2": bias2, "hidden_scale": hidden_scale,
         "hidden_shift": hidden_shift,
