@@ -130,9 +130,14 @@ TERSOR_INLINE uint32_t to_bits(typename Simd<A>::Mask mask) {
 
 // exp to 2 units in the last place; NaN stays NaN, underflow gives 0, overflow infinity.
 TERSOR_INLINE Vec<float> exp(Vec<float> x) {
+#if TERSOR_ISA_LEVEL == 2
+  x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x);  // the second operand where one is NaN
+  x = (Vec<float>)_mm512_min_ps(_mm512_set1_ps(89.0f), (__m512)x);
+#else
   using Mask = Simd<float>::Mask;
   x = x < -104.0f ? splat(-104.0f) : x;
   x = x > 89.0f ? splat(89.0f) : x;
+#endif
   // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
   const Vec<float> shifted = fma<float>(x, splat(1.44269504f), splat(12582912.0f));
   const Vec<float> n = shifted - 12582912.0f;
@@ -145,10 +150,14 @@ TERSOR_INLINE Vec<float> exp(Vec<float> x) {
   p = fma<float>(p, r, splat(1.6666665459e-1f));
   p = fma<float>(p, r, splat(5.0000001201e-1f));
   p = fma<float>(p, r * r, r) + 1.0f;
+#if TERSOR_ISA_LEVEL == 2
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   // 2^n in two factors, since n runs from -150 to 128 and one exponent field does not.
   const Mask whole = (Mask)shifted - 0x4b400000;
   const Mask half = whole >> 1;
   return p * (Vec<float>)((half + 127) << 23) * (Vec<float>)((whole - half + 127) << 23);
+#endif
 }
 
 // log of a normal positive number to 2 units in the last place; NaN stays NaN.

@@ -136,7 +136,8 @@ template <class A>
 Memory spread_bias(Task& task, const std::optional<Tensor>& position_bias) {
   if (!position_bias) return {};
   check_bias(task, *position_bias);
-  const Tensor table = torch::stable::contiguous(torch::stable::to(*position_bias, dtype_of<A>()));
+  const bool same = position_bias->scalar_type() == dtype_of<A>();
+  const Tensor table = torch::stable::contiguous(same ? *position_bias : torch::stable::to(*position_bias, dtype_of<A>()));
   const A* from = static_cast<const A*>(table.const_data_ptr());
   Memory memory = allocate(task.heads * task.bias_size() * static_cast<int64_t>(sizeof(A)));
   A* spread = reinterpret_cast<A*>(memory.get());
@@ -148,22 +149,24 @@ Memory spread_bias(Task& task, const std::optional<Tensor>& position_bias) {
   return memory;
 }
 
-// The blocks' spread tables added up in order, and of each all that stands for one entry.
+// The blocks' spread tables added up in order, in the first one's place, and of the sum all that stands for one entry.
 template <class A>
-Tensor gather_bias(const Task& task, const Tensor& like, const A* blocks) {
+Tensor gather_bias(const Task& task, const Tensor& like, A* blocks) {
   const int64_t size = task.bias_size(), entries = (2 * task.window_h - 1) * (2 * task.window_w - 1);
+  if (task.blocks == 0) std::fill(blocks, blocks + task.heads * size, A(0));
+  for (int64_t block = 1; block < task.blocks; ++block) {
+    const A* from = blocks + block * task.heads * size;
+    for (int64_t i = 0; i < task.heads * size; ++i) blocks[i] += from[i];
+  }
   Tensor table = torch::stable::new_empty(like, {entries, task.heads}, dtype_of<A>());
   A* to = static_cast<A*>(table.mutable_data_ptr());
   std::vector<double> sums(entries);
-  for (int64_t head = 0; head < task.heads; ++head) {
+  for (int64_t head = 0; head < task.heads; ++head, blocks += size) {
     std::fill(sums.begin(), sums.end(), 0.0);
-    for (int64_t block = 0; block < task.blocks; ++block) {
-      const A* from = blocks + (block * task.heads + head) * size;
-      for_spread(task, [&](int64_t index, int64_t place) { sums[index] += static_cast<double>(from[place]); });
-    }
+    for_spread(task, [&](int64_t index, int64_t place) { sums[index] += static_cast<double>(blocks[place]); });
     for (int64_t i = 0; i < entries; ++i) to[i * task.heads + head] = static_cast<A>(sums[i]);
   }
-  return torch::stable::to(table, like.scalar_type());
+  return like.scalar_type() == dtype_of<A>() ? table : torch::stable::to(table, like.scalar_type());
 }
 
 void run(const Task& task, int64_t units, int64_t grain, int64_t bytes, Run kernel) {
@@ -189,16 +192,18 @@ Tensor run_backward(Task& task, const Tensor& query, const std::optional<Tensor>
   const int64_t windows = task.batch * task.windows();
   task.block_windows = std::max<int64_t>(1, (windows + MOST_BLOCKS - 1) / MOST_BLOCKS);
   task.blocks = (windows + task.block_windows - 1) / task.block_windows;
-  const int64_t units = task.blocks * task.heads;
+  // Heads share cache lines and pages; few blocks are divided by heads all the same, for threads to have work.
+  task.head_group = 2 * task.blocks >= MOST_BLOCKS ? task.heads : 1;
   Memory tables;
   if (position_bias) {
-    tables = allocate(std::max<int64_t>(1, units) * task.bias_size() * static_cast<int64_t>(sizeof(A)));
+    const int64_t count = std::max<int64_t>(1, task.blocks) * task.heads;
+    tables = allocate(count * task.bias_size() * static_cast<int64_t>(sizeof(A)));
     task.grad_bias = tables.get();
   }
-  const int64_t grain = std::max<int64_t>(1, GRAIN / task.block_windows);
-  run(task, units, grain, TERSOR_FOR_ISA(scratch<A>)(task, true), TERSOR_FOR_ISA(backward_units<T, A>));
+  const int64_t grain = std::max<int64_t>(1, GRAIN / (task.block_windows * task.head_group));
+  run(task, task.blocks * (task.heads / task.head_group), grain, TERSOR_FOR_ISA(scratch<A>)(task, true), TERSOR_FOR_ISA(backward_units<T, A>));
   if (!position_bias) return torch::stable::new_empty(query, {0});
-  return gather_bias<A>(task, *position_bias, reinterpret_cast<const A*>(tables.get()));
+  return gather_bias<A>(task, *position_bias, reinterpret_cast<A*>(tables.get()));
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,

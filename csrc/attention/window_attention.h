@@ -24,6 +24,7 @@ struct Task {
   int64_t gradient_columns[3];       // elements from one token to the next
   void* grad_bias;                   // one spread table per block of windows and head; null for none
   int64_t blocks, block_windows;     // how the windows are shared out where their bias gradients are summed
+  int64_t head_group;                // heads of a window that are worked on one after the other
 
   int64_t tokens() const { return window_h * window_w; }
   int64_t windows_across() const { return width / window_w; }

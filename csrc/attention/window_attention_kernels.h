@@ -22,6 +22,7 @@ struct Workspace {
   A *weights, *grad_weights;                         // [tokens][chunk]
   A *logsumexp, *region, *outside, *pair_mask, *zeros;  // [pitch], pair_mask: [tokens][pitch]
   A *grad_key, *grad_value;                          // [tokens][depth]
+  A* scales;                                         // [chunk]
 
   Workspace(const Task& task, Arena& arena, bool backward) {
     const auto whole = [](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
@@ -38,6 +39,7 @@ struct Workspace {
       grad = arena.take<A>(pitch * depth), grad_planes = arena.take<A>(head_dim * pitch);
       grad_weights = arena.take<A>(tokens * chunk);
       grad_key = arena.take<A>(pitch * depth), grad_value = arena.take<A>(pitch * depth);
+      scales = arena.take<A>(chunk);
     }
     if (!arena.base) return;
     std::memset(zeros, 0, pitch * sizeof(A));
@@ -74,19 +76,40 @@ TERSOR_INLINE void for_runs(const Task& task, const Window& window, Visit&& visi
   }
 }
 
-// The window's tokens of one head, widened, one row each.
+// Asks for the places of a result ahead of its being written.
+template <class T>
+TERSOR_INLINE void prefetch_result(const Task& task, const Window& window, const T* base, int64_t column) {
+  base += window.image * task.height * task.width * column;
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t head_dim = task.head_dim;
+  for_runs(task, window, [&](int64_t, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
+    const T* to = base + (y * task.width + x) * column;
+    for (int64_t t = 0; t < count; ++t, to += column) {
+      for (int64_t c = 0; c < head_dim; c += line) __builtin_prefetch(to + c, 1, 2);
+    }
+  });
+}
+
+// The window's tokens of one head, widened, one row each. The next window's, to the right of them, are asked for on the
+// way: its runs are too short for the hardware to see them coming.
 template <class T, class A>
 TERSOR_INLINE void load_rows(const Task& task, const Window& window, const View& view, int64_t head, A factor, A* rows,
                              int64_t depth) {
-  constexpr int64_t lanes = Simd<A>::lanes;
+  constexpr int64_t lanes = Simd<A>::lanes, line = 64 / static_cast<int64_t>(sizeof(T));
   const T* base = static_cast<const T*>(view.data) + window.image * view.batch + head * view.head;
-  const int64_t head_dim = task.head_dim, column = view.column;
+  const int64_t whole = task.head_dim / lanes * lanes, column = view.column, ahead = task.window_w * column;
+  const int rest = static_cast<int>(task.head_dim - whole);
   for_runs(task, window, [&](int64_t token, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
     const T* from = base + y * view.row + x * column;
     A* to = rows + token * depth;
     for (int64_t t = 0; t < count; ++t, from += column, to += depth) {
-      for (int64_t c = 0; c < head_dim; c += lanes) {
-        store<A>(to + c, load_as<A>(from + c, static_cast<int>(std::min(lanes, head_dim - c))) * factor);
+      for (int64_t c = 0; c < whole; c += lanes) {
+        if (c % line == 0) __builtin_prefetch(from + ahead + c, 0, 2);
+        store<A>(to + c, widen(from + c) * factor);
+      }
+      if (rest) {
+        __builtin_prefetch(from + ahead + whole, 0, 2);
+        store<A>(to + whole, widen_first(from + whole, rest) * factor);
       }
     }
   });
@@ -97,14 +120,14 @@ TERSOR_INLINE void store_rows(const Task& task, const Window& window, T* base, i
                               int64_t depth) {
   constexpr int64_t lanes = Simd<A>::lanes;
   base += window.image * task.height * task.width * column;
-  const int64_t head_dim = task.head_dim;
+  const int64_t whole = task.head_dim / lanes * lanes;
+  const int rest = static_cast<int>(task.head_dim - whole);
   for_runs(task, window, [&](int64_t token, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
     T* to = base + (y * task.width + x) * column;
     const A* from = rows + token * depth;
     for (int64_t t = 0; t < count; ++t, from += depth, to += column) {
-      for (int64_t c = 0; c < head_dim; c += lanes) {
-        store_as<A>(to + c, load(from + c), static_cast<int>(std::min(lanes, head_dim - c)));
-      }
+      for (int64_t c = 0; c < whole; c += lanes) narrow(to + c, load(from + c));
+      if (rest) narrow_first(to + whole, load(from + whole), rest);
     }
   });
 }
@@ -228,21 +251,23 @@ TERSOR_INLINE void softmax(const Workspace<A>& work, int64_t first, int64_t widt
 }
 
 // Statistics of a window's queries, between their place in (B, heads, H, W) and the workspace.
-template <class A, class Move>
-TERSOR_INLINE void for_statistics(const Task& task, const Window& window, const Workspace<A>& work, int64_t head,
-                                  Move&& move) {
+template <class A, bool TO_WORKSPACE>
+TERSOR_INLINE void move_statistics(const Task& task, const Window& window, const Workspace<A>& work, int64_t head) {
   A* base = static_cast<A*>(task.logsumexp) + (window.image * task.heads + head) * task.height * task.width;
   for_runs(task, window, [&](int64_t token, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < count; ++i) move(base[y * task.width + x + i], work.logsumexp[token + i]);
+    A *place = base + y * task.width + x, *own = work.logsumexp + token;
+    for (int64_t i = 0; i < count; i += work.lanes) {
+      const int n = static_cast<int>(std::min(work.lanes, count - i));
+      if (TO_WORKSPACE) store_as<A>(own + i, load_as<A>(place + i, n), n);
+      else store_as<A>(place + i, load_as<A>(own + i, n), n);
+    }
   });
 }
 
-template <class A>
-Window find_window(const Task& task, int64_t index, Workspace<A>& work) {
+TERSOR_INLINE Window find_window(const Task& task, int64_t index) {
   const int64_t windows = task.windows(), across = task.windows_across();
   Window window{index / windows, index % windows, 0, 0, false};
   window.top = window.index / across * task.window_h, window.left = window.index % across * task.window_w;
-  find_masks(task, window, work);
   return window;
 }
 
@@ -254,23 +279,29 @@ void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
   Window window{};
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = unit % task.heads;
-    if (unit == begin || head == 0) window = find_window<A>(task, unit / task.heads, work);
+    if (unit == begin || head == 0) {
+      window = find_window(task, unit / task.heads);
+      find_masks(task, window, work);
+    }
     load_rows<T, A>(task, window, task.query, head, static_cast<A>(task.scale), work.query, work.depth);
     load_rows<T, A>(task, window, task.key, head, A(1), work.key, work.depth);
-    load_rows<T, A>(task, window, task.value, head, A(1), work.value, work.depth);
+    T* output = static_cast<T*>(task.output) + head * task.head_dim;
     to_planes(work, work.query, work.query_planes);
     for (int64_t first = 0; first < work.tokens; first += work.chunk) {
       const int64_t width = std::min(work.chunk, work.pitch - first);
       A factors[Workspace<A>::most];
       find_logits(task, window, work, head, first, width);
+      if (first == 0) {  // now, since memory answers best if it is not asked for all at once
+        load_rows<T, A>(task, window, task.value, head, A(1), work.value, work.depth);
+        prefetch_result(task, window, output, task.heads * task.head_dim);
+      }
       softmax(work, first, width, factors);
       product_columns<A>(work.head_dim, width, work.tokens, work.value, 1, work.depth, work.weights, work.chunk,
                          [](int64_t) -> const A* { return nullptr; }, work.out_planes, work.chunk);
       from_planes(work, work.out_planes, first, width, factors, work.out);
     }
-    T* output = static_cast<T*>(task.output) + head * task.head_dim;
     store_rows<T, A>(task, window, output, task.heads * task.head_dim, work.out, work.depth);
-    for_statistics<A>(task, window, work, head, [](A& to, A& from) { to = from; });
+    move_statistics<A, false>(task, window, work, head);
   }
 }
 
@@ -317,52 +348,72 @@ TERSOR_INLINE void add_bias_gradient(const Task& task, const Workspace<A>& work,
   }
 }
 
-// One block of windows for one head: units counted together, blocks outside.
+// All gradients of one window and head; those of the bias are added to its table.
+template <class T, class A>
+void backward_window(const Task& task, const Window& window, Workspace<A>& work, int64_t head, A* table) {
+  const auto nothing = [](int64_t) -> const A* { return nullptr; };
+  const int64_t depth = work.depth;
+  load_rows<T, A>(task, window, task.query, head, static_cast<A>(task.scale), work.query, depth);
+  load_rows<T, A>(task, window, task.key, head, A(1), work.key, depth);
+  to_planes(work, work.query, work.query_planes);
+  std::fill(work.logsumexp + work.tokens, work.logsumexp + work.pitch, A(0));
+  move_statistics<A, true>(task, window, work, head);
+  const auto prefetch_gradient = [&](int i) {
+    prefetch_result(task, window, static_cast<T*>(task.gradients[i]) + head * task.head_dim, task.gradient_columns[i]);
+  };
+  for (int64_t first = 0; first < work.tokens; first += work.chunk) {
+    const int64_t width = std::min(work.chunk, work.pitch - first), queries = std::min(width, work.tokens - first);
+    find_logits(task, window, work, head, first, width);
+    if (first == 0) {  // now, since memory answers best if it is not asked for all at once
+      load_rows<T, A>(task, window, task.value, head, A(1), work.value, depth);
+      load_rows<T, A>(task, window, task.grad_output, head, A(1), work.grad, depth);
+      to_planes(work, work.grad, work.grad_planes);
+    }
+    product_columns<A>(work.tokens, width, work.head_dim, work.value, depth, 1, work.grad_planes + first, work.pitch,
+                       nothing, work.grad_weights, work.chunk);
+    if (first == 0) prefetch_gradient(0);
+    softmax_backward(work, first, width);
+    if (first == 0) prefetch_gradient(1);
+    if (table) add_bias_gradient(task, work, first, width, table);
+    product_columns<A>(work.head_dim, width, work.tokens, work.key, 1, depth, work.grad_weights, work.chunk, nothing,
+                       work.out_planes, work.chunk);
+    from_planes(work, work.out_planes, first, width, work.scales, work.out);
+    if (first == 0) prefetch_gradient(2);
+    const auto sums = [=](const A* to) {
+      return [=](int64_t row) { return first ? to + row * depth : nullptr; };
+    };
+    product_columns<A>(work.tokens, depth, queries, work.grad_weights, work.chunk, 1, work.query + first * depth, depth,
+                       sums(work.grad_key), work.grad_key, depth);
+    product_columns<A>(work.tokens, depth, queries, work.weights, work.chunk, 1, work.grad + first * depth, depth,
+                       sums(work.grad_value), work.grad_value, depth);
+  }
+  const A* results[3] = {work.out, work.grad_key, work.grad_value};
+  for (int i = 0; i < 3; ++i) {
+    T* base = static_cast<T*>(task.gradients[i]) + head * task.head_dim;
+    store_rows<T, A>(task, window, base, task.gradient_columns[i], results[i], depth);
+  }
+}
+
+// Blocks of windows and groups of heads counted together.
 template <class T, class A>
 void backward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
   Arena arena{memory};
   Workspace<A> work(task, arena, true);
-  alignas(64) A scales[Workspace<A>::most];
-  std::fill(scales, scales + work.most, static_cast<A>(task.scale));
-  const auto nothing = [](int64_t) -> const A* { return nullptr; };
+  std::fill(work.scales, work.scales + work.chunk, static_cast<A>(task.scale));
+  const int64_t groups = task.heads / task.head_group;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = unit % task.heads, block = unit / task.heads;
-    A* table = task.grad_bias ? static_cast<A*>(task.grad_bias) + unit * task.bias_size() : nullptr;
-    if (table) std::memset(table, 0, task.bias_size() * sizeof(A));
+    const int64_t block = unit / groups, first_head = unit % groups * task.head_group;
+    A* tables = static_cast<A*>(task.grad_bias);
+    if (tables) {
+      tables += (block * task.heads + first_head) * task.bias_size();
+      std::memset(tables, 0, task.head_group * task.bias_size() * sizeof(A));
+    }
     const int64_t last = std::min(task.batch * task.windows(), (block + 1) * task.block_windows);
     for (int64_t index = block * task.block_windows; index < last; ++index) {
-      const Window window = find_window<A>(task, index, work);
-      load_rows<T, A>(task, window, task.query, head, static_cast<A>(task.scale), work.query, work.depth);
-      load_rows<T, A>(task, window, task.key, head, A(1), work.key, work.depth);
-      load_rows<T, A>(task, window, task.value, head, A(1), work.value, work.depth);
-      load_rows<T, A>(task, window, task.grad_output, head, A(1), work.grad, work.depth);
-      to_planes(work, work.query, work.query_planes);
-      to_planes(work, work.grad, work.grad_planes);
-      std::fill(work.logsumexp + work.tokens, work.logsumexp + work.pitch, A(0));
-      for_statistics<A>(task, window, work, head, [](A& from, A& to) { to = from; });
-      for (int64_t first = 0; first < work.tokens; first += work.chunk) {
-        const int64_t width = std::min(work.chunk, work.pitch - first), queries = std::min(width, work.tokens - first);
-        find_logits(task, window, work, head, first, width);
-        product_columns<A>(work.tokens, width, work.head_dim, work.value, work.depth, 1, work.grad_planes + first,
-                           work.pitch, nothing, work.grad_weights, work.chunk);
-        softmax_backward(work, first, width);
-        if (table) add_bias_gradient(task, work, first, width, table);
-        product_columns<A>(work.head_dim, width, work.tokens, work.key, 1, work.depth, work.grad_weights, work.chunk,
-                           nothing, work.out_planes, work.chunk);
-        from_planes(work, work.out_planes, first, width, scales, work.out);
-        const int64_t depth = work.depth;
-        const auto sums = [=](A* to) {
-          return [=](int64_t row) -> const A* { return first ? to + row * depth : nullptr; };
-        };
-        product_columns<A>(work.tokens, depth, queries, work.grad_weights, work.chunk, 1, work.query + first * depth,
-                           depth, sums(work.grad_key), work.grad_key, depth);
-        product_columns<A>(work.tokens, depth, queries, work.weights, work.chunk, 1, work.grad + first * depth, depth,
-                           sums(work.grad_value), work.grad_value, depth);
-      }
-      const A* results[3] = {work.out, work.grad_key, work.grad_value};
-      for (int i = 0; i < 3; ++i) {
-        T* base = static_cast<T*>(task.gradients[i]) + head * task.head_dim;
-        store_rows<T, A>(task, window, base, task.gradient_columns[i], results[i], work.depth);
+      Window window = find_window(task, index);
+      find_masks(task, window, work);
+      for (int64_t h = 0; h < task.head_group; ++h) {
+        backward_window<T, A>(task, window, work, first_head + h, tables ? tables + h * task.bias_size() : nullptr);
       }
     }
   }
