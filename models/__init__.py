@@ -21,6 +21,7 @@ from tersor.models.dilateformer import (
 from tersor.models.edsr import EDSR, edsr_baseline, edsr_tiny
 from tersor.models.layers import load_checkpoint
 from tersor.models.mobilenet import MobileNet, mobilenet_v1, mobilenet_v1_quant, mobilenet_v2, mobilenet_v2_quant
+from tersor.models.pslt import PSLT, PSLTBackbone, pslt_backbone, pslt_base, pslt_large, pslt_tiny
 from tersor.models.rdn import RDN, rdn_a, rdn_b, rdn_tiny
 from tersor.models.resnet import (
     ResNet,
@@ -34,16 +35,30 @@ from tersor.models.resnet import (
     resnet50_quant,
 )
 from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
+from tersor.models.uformer import (
+    Uformer,
+    charbonnier_loss,
+    pad_and_run,
+    uformer_base,
+    uformer_nano,
+    uformer_small,
+    uformer_small_noshift,
+    uformer_tiny,
+)
 
 __all__ = [
     "EDSR",
+    "PSLT",
     "RDN",
     "DeiT",
     "DilateFormer",
     "MobileNet",
+    "PSLTBackbone",
     "ResNet",
     "SRResNet",
+    "Uformer",
     "attention_transfer",
+    "charbonnier_loss",
     "deit_small",
     "deit_small_nm",
     "deit_tiny",
@@ -61,6 +76,11 @@ __all__ = [
     "mobilenet_v1_quant",
     "mobilenet_v2",
     "mobilenet_v2_quant",
+    "pad_and_run",
+    "pslt_backbone",
+    "pslt_base",
+    "pslt_large",
+    "pslt_tiny",
     "rdn_a",
     "rdn_b",
     "rdn_tiny",
@@ -75,6 +95,11 @@ __all__ = [
     "resnet50_quant",
     "srresnet",
     "srresnet_tiny",
+    "uformer_base",
+    "uformer_nano",
+    "uformer_small",
+    "uformer_small_noshift",
+    "uformer_tiny",
 ]
 
 if "timm" in sys.modules:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from tersor.models import dilateformer
+from tersor.models import dilateformer, pslt, uformer
 
 __all__: list[str] = []  # timm's register_model appends to it
 
@@ -31,8 +32,8 @@ def register_timm() -> list[str]:
     return list(_ENTRIES)
 
 
-def _entry(variant: str) -> Callable[..., nn.Module]:
-    build = getattr(dilateformer, variant)
+def _entry(module: ModuleType, variant: str) -> Callable[..., nn.Module]:
+    build = getattr(module, variant)
 
     def entry(
         pretrained: bool = False,
@@ -52,4 +53,5 @@ def _entry(variant: str) -> Callable[..., nn.Module]:
     return entry
 
 
-_ENTRIES = {f"tersor_{variant}": _entry(variant) for variant in dilateformer.VARIANTS}
+_FAMILIES: tuple[Any, ...] = (dilateformer, pslt, uformer)
+_ENTRIES = {f"tersor_{variant}": _entry(family, variant) for family in _FAMILIES for variant in family.VARIANTS}

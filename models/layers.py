@@ -15,33 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor.attention.layers import DropPath
+
 Layer = Callable[..., nn.Module]  # what makes one, called like torch's own
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drops the branch of whole samples with probability ``rate`` in training.
-
-    What is kept is scaled by ``1 / (1 - rate)``. Dimension 0 is the batch.
-
-    Raises:
-        ValueError: ``rate`` is not in [0, 1).
-    """
-
-    def __init__(self, rate: float = 0.0) -> None:
-        super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"DropPath: rate must be in [0, 1), got {rate}")
-        self.rate = float(rate)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return input
-        keep = 1 - self.rate
-        mask = input.new_empty((input.shape[0],) + (1,) * (input.dim() - 1)).bernoulli_(keep)
-        return input * mask.div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3g}"
 
 
 class Mlp(nn.Module):
@@ -150,7 +126,7 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
         model: receives the weights in place.
         source: a ``.safetensors`` file, a file written by ``torch.save`` (read with ``weights_only=True``), or what
             such a file holds: a state dict, or a dict with one under ``"model"``, ``"state_dict"``
-            or ``"model_ema"``.
+            or ``"model_ema"``. Keys may all begin with ``"module."``, as those of a ``DataParallel`` model do.
         ema: take the averaged weights under ``"model_ema"``; without it they are taken only if nothing else is there.
 
     Raises:
@@ -172,6 +148,8 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
             "load_checkpoint: source must be a state dict or hold one under 'model', 'state_dict' or 'model_ema', "
             f"got keys {', '.join(map(str, list(source)[:5])) or '(none)'}"
         )
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     model.load_state_dict(state, strict=True)
 
 

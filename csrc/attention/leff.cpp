@@ -1,0 +1,245 @@
+// Uformer's feed-forward on the CPU (specification: pyops/attention/leff.py). The kernels are in leff_kernels.h, once per
+// instruction set.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "arena.h"
+#include "attention/leff.h"
+
+#define TERSOR_BODY "attention/leff_kernels.h"
+#include "foreach_isa.h"
+
+namespace tersor::leff {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(int64_t bytes) {
+  bytes = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
+  Memory memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
+  if (!memory) throw std::bad_alloc();
+#ifdef TERSOR_POISON
+  std::memset(memory.get(), 0xff, bytes);  // NaN in every type
+#endif
+  return memory;
+}
+
+// The tensors of a call, each as it is used; what they hold lives as long as this.
+struct Call {
+  Tensor input;
+  Maybe weight1, bias1, taps, tap_bias, weight2, bias2, scale, shift;
+};
+
+// What Python has checked already, once more where memory depends on it.
+Maybe take(const Tensor& input, const Maybe& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  if (!tensor) return {};
+  bool same = tensor->is_cpu() && tensor->scalar_type() == input.scalar_type() &&
+              tensor->dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape) same = same && tensor->size(i++) == size;
+  STD_TORCH_CHECK(same, name, " must be a CPU tensor of input's dtype with a shape that fits input and weights");
+  return torch::stable::contiguous(*tensor);
+}
+
+Tensor last_dim_contiguous(const Tensor& t) {
+  return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+View view_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+const void* data_of(const Maybe& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+Call make_call(const Tensor& input, const Tensor& weight1, const Maybe& bias1, const Tensor& taps,
+               const Maybe& tap_bias, const Tensor& weight2, const Maybe& bias2, const Maybe& scale,
+               const Maybe& shift) {
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() &&
+                      (dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                       dtype == ScalarType::Double),
+                  "input must be a floating-point CPU tensor (B, H, W, C)");
+  STD_TORCH_CHECK(weight1.dim() == 2 && weight2.dim() == 2, "weight1 and weight2 must be (E, C) and (C_out, E)");
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "hidden_scale and hidden_shift must be given together");
+  const int64_t hidden = weight1.size(0), outputs = weight2.size(0);
+  STD_TORCH_CHECK(input.size(1) > 0 && input.size(2) > 0 && input.size(3) > 0 && hidden > 0 && outputs > 0,
+                  "H, W, C, E and C_out must be positive");
+  return {last_dim_contiguous(input),
+          take(input, weight1, "weight1", {hidden, input.size(3)}),
+          take(input, bias1, "bias1", {hidden}),
+          take(input, taps, "depthwise_weight", {hidden, 1, 3, 3}),
+          take(input, tap_bias, "depthwise_bias", {hidden}),
+          take(input, weight2, "weight2", {outputs, hidden}),
+          take(input, bias2, "bias2", {outputs}),
+          take(input, scale, "hidden_scale", {hidden}),
+          take(input, shift, "hidden_shift", {hidden})};
+}
+
+Task make_task(const Call& call, bool backward) {
+  Task task{};
+  task.batch = call.input.size(0), task.height = call.input.size(1), task.width = call.input.size(2);
+  task.channels = call.input.size(3), task.hidden = call.weight1->size(0), task.outputs = call.weight2->size(0);
+  task.input = view_of(call.input);
+  task.given = {data_of(call.weight1), data_of(call.bias1), data_of(call.taps), data_of(call.tap_bias),
+                data_of(call.weight2), data_of(call.bias2), data_of(call.scale), data_of(call.shift)};
+  task.affine = call.scale.has_value();
+  task.plan(backward);
+  return task;
+}
+
+// Sets the packed parameters; returns what keeps them alive.
+template <class T, class A>
+Memory pack(Task& task, bool backward) {
+  const auto layout = [&](Arena arena) {
+    const int64_t hidden = task.padded_hidden();
+    task.columns1 = arena.take<A>(hidden * task.channels);
+    task.rows2 = backward ? nullptr : arena.take<A>(hidden * task.pitch_o);
+    task.columns2 = backward ? arena.take<A>(hidden * task.outputs) : nullptr;
+    task.rows1 = backward && task.need_input ? arena.take<A>(hidden * task.pitch_c) : nullptr;
+    task.taps = arena.take<A>(9 * hidden);
+    for (void** vector : {&task.bias1, &task.tap_bias, &task.scale, &task.shift}) *vector = arena.take<A>(hidden);
+    task.bias2 = arena.take<A>(task.pitch_o);
+    return arena.used;
+  };
+  Memory memory = allocate(layout(Arena{nullptr}));
+  layout(Arena{memory.get()});
+  // A chunk of 64 x 64 takes about 2 us.
+  const int64_t grain = 1 + 20000 / (task.chunk * (task.channels + task.outputs));
+  torch::stable::parallel_for(0, task.chunks, grain, [&](int64_t begin, int64_t end) {
+    TERSOR_FOR_ISA(pack_chunks<T, A>)(task, begin, end);
+  });
+  return memory;
+}
+
+using Run = void (*)(const Task&, int64_t, int64_t, char*);
+
+void run(const Task& task, int64_t units, int64_t bytes, Run kernel) {
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    const Memory memory = allocate(bytes);
+    kernel(task, begin, end, memory.get());
+  });
+}
+
+// Memory for the groups' results, and their sum afterwards.
+template <class T, class A, class Units>
+void run_groups(Task& task, int64_t columns, int64_t pitch, bool wanted, Units units) {
+  Memory partials;
+  if (task.groups > 1 && wanted) {
+    partials = allocate(task.groups * task.tokens() * pitch * static_cast<int64_t>(sizeof(A)));
+    task.partials = partials.get();
+  }
+  units();
+  if (!partials) return;
+  const int64_t grain = 1 + 16384 / (pitch * task.groups);
+  torch::stable::parallel_for(0, task.tokens(), grain, [&](int64_t begin, int64_t end) {
+    TERSOR_FOR_ISA(add_partials<T, A>)(task, begin, end, columns, pitch);
+  });
+}
+
+template <class T, class A>
+void run_forward(Task& task) {
+  const Memory packed = pack<T, A>(task, false);
+  run_groups<T, A>(task, task.outputs, task.pitch_o, true, [&] {
+    run(task, task.batch * task.strips * task.groups, TERSOR_FOR_ISA(scratch<A>)(task, false),
+        TERSOR_FOR_ISA(forward_units<T, A>));
+  });
+}
+
+template <class T, class A>
+void run_backward(Task& task, const Gradients& gradients) {
+  const Memory packed = pack<T, A>(task, true);
+  Memory sums;
+  if (task.need_parameters) {
+    sums = allocate(task.blocks * Sums(task).size * static_cast<int64_t>(sizeof(A)));
+    task.sums = sums.get();
+  }
+  run_groups<T, A>(task, task.channels, task.pitch_c, task.need_input, [&] {
+    run(task, task.blocks * task.groups, TERSOR_FOR_ISA(scratch<A>)(task, true), TERSOR_FOR_ISA(backward_units<T, A>));
+  });
+  if (!task.need_parameters) return;
+  const int64_t grain = 1 + 16384 / (task.chunk * (task.channels + task.outputs) * task.blocks);
+  torch::stable::parallel_for(0, task.chunks, grain, [&](int64_t begin, int64_t end) {
+    const Memory rows = allocate(16 * task.pitch_c * static_cast<int64_t>(sizeof(A)));
+    TERSOR_FOR_ISA(write_gradients<T, A>)(task, gradients, begin, end, reinterpret_cast<A*>(rows.get()));
+  });
+}
+
+Tensor forward(const Tensor& input, const Tensor& weight1, const Maybe& bias1, const Tensor& depthwise_weight,
+               const Maybe& depthwise_bias, const Tensor& weight2, const Maybe& bias2, const Maybe& hidden_scale,
+               const Maybe& hidden_shift) {
+  const Call call = make_call(input, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2, hidden_scale,
+                              hidden_shift);
+  Task task = make_task(call, false);
+  const ScalarType dtype = input.scalar_type();
+  Tensor output = torch::stable::new_empty(input, {task.batch, task.height, task.width, task.outputs}, dtype);
+  task.result = output.mutable_data_ptr();
+  if (dtype == ScalarType::Float) run_forward<float, float>(task);
+  if (dtype == ScalarType::Half) run_forward<Half, float>(task);
+  if (dtype == ScalarType::BFloat16) run_forward<BFloat16, float>(task);
+  if (dtype == ScalarType::Double) run_forward<double, double>(task);
+  return output;
+}
+
+using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Nine backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight1, const Maybe& bias1,
+              const Tensor& depthwise_weight, const Maybe& depthwise_bias, const Tensor& weight2, const Maybe& bias2,
+              const Maybe& hidden_scale, const Maybe& hidden_shift, bool need_input, bool need_parameters) {
+  const Call call = make_call(input, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2, hidden_scale,
+                              hidden_shift);
+  Task task = make_task(call, true);
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(grad_output.is_cpu() && grad_output.scalar_type() == dtype && grad_output.dim() == 4 &&
+                      grad_output.size(0) == task.batch && grad_output.size(1) == task.height &&
+                      grad_output.size(2) == task.width && grad_output.size(3) == task.outputs,
+                  "grad_output must be a CPU tensor (B, H, W, C_out) of input's dtype");
+  const Tensor g = last_dim_contiguous(grad_output);
+  task.grad_output = view_of(g), task.need_input = need_input, task.need_parameters = need_parameters;
+  const auto like = [&](const Maybe& tensor, bool needed) {
+    std::vector<int64_t> shape{0};
+    if (tensor && needed) shape.assign(tensor->sizes().begin(), tensor->sizes().end());
+    return torch::stable::new_empty(input, shape, dtype);
+  };
+  Nine result{like(input, need_input), like(call.weight1, need_parameters), like(call.bias1, need_parameters),
+              like(call.taps, need_parameters), like(call.tap_bias, need_parameters),
+              like(call.weight2, need_parameters), like(call.bias2, need_parameters),
+              like(call.scale, need_parameters), like(call.shift, need_parameters)};
+  const auto data = [](const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
+  task.result = data(std::get<0>(result));
+  const Gradients gradients{data(std::get<1>(result)), data(std::get<2>(result)), data(std::get<3>(result)),
+                            data(std::get<4>(result)), data(std::get<5>(result)), data(std::get<6>(result)),
+                            data(std::get<7>(result)), data(std::get<8>(result))};
+  if (dtype == ScalarType::Float) run_backward<float, float>(task, gradients);
+  if (dtype == ScalarType::Half) run_backward<Half, float>(task, gradients);
+  if (dtype == ScalarType::BFloat16) run_backward<BFloat16, float>(task, gradients);
+  if (dtype == ScalarType::Double) run_backward<double, double>(task, gradients);
+  return result;
+}
+
+}  // namespace
+}  // namespace tersor::leff
+
+STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, module) {
+  module.impl("leff_forward", TORCH_BOX(&tersor::leff::forward));
+  module.impl("leff_backward", TORCH_BOX(&tersor::leff::backward));
+}

@@ -1,0 +1,81 @@
+"""The published way to compute PSLT's ladder blocks, in eager torch: the baseline of the benchmarks.
+
+Tokens and windows are copied by rolling and partitioning, the shift's mask is a tensor that is added to the logits,
+the values are put together again and rolled back though nobody reads them, and the outputs' concatenation grows with
+every branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tersor import LadderBlock
+from tersor.attention.ladder_attention import LadderAttention, LadderBranch
+from tersor.models.eager_attention import merge, partition, shift_mask
+
+
+class EagerLadderAttention(LadderAttention):
+    """:class:`tersor.LadderAttention` by rolling and partitioning: same options and parameters."""
+
+    def forward(self, input: Tensor, value: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """``(B, H, W, dim)`` to the same; ``mask`` must be None, the shift's is built here."""
+        self.check_inputs(input, value)
+        height, width = input.shape[1:3]
+        below, right = self.padding(height, width)
+        window, shift = self.window_size, self.shift_for(height, width)
+        x = F.pad(input, (0, 0, 0, right, 0, below))
+        padded_height, padded_width = x.shape[1:3]
+        x = partition(x, window, shift)  # [B, windows, N, dim]
+        heads = (self.num_heads, self.dim // self.num_heads)
+        if value is None:
+            query, key, values = self.qkv(x).unflatten(3, (3, *heads)).permute(3, 0, 1, 4, 2, 5)
+        else:
+            query, key = self.kv(x).unflatten(3, (2, *heads)).permute(3, 0, 1, 4, 2, 5)
+            value_windows = partition(F.pad(value, (0, 0, 0, right, 0, below)), window, shift)
+            values = value_windows.unflatten(3, heads).transpose(2, 3)
+        logits = query * heads[1] ** -0.5 @ key.transpose(-1, -2)  # [B, windows, heads, N, N]
+        index = self.relative_position_index.view(-1)
+        bias = self.relative_position_bias_table[index].view(x.shape[2], x.shape[2], -1).permute(2, 0, 1).contiguous()
+        logits = logits + bias
+        if any(shift):
+            logits = logits + self._mask(padded_height, padded_width, shift, logits).unsqueeze(2)
+        output = (logits.softmax(-1) @ values.to(logits.dtype)).transpose(2, 3).reshape(x.shape)
+        output = self.proj(output)
+        if value is not None:
+            output = output + x
+            merge(value_windows, padded_height, padded_width, window, shift)  # as published: nobody reads it
+        output = merge(output, padded_height, padded_width, window, shift)
+        return output[:, :height, :width].contiguous()
+
+    def _mask(self, height: int, width: int, shift: list[int], like: Tensor) -> Tensor:
+        """Kept for the next call, as the published block keeps it in a buffer."""
+        key = (height, width, tuple(shift), like.device, like.dtype)
+        if getattr(self, "_mask_key", None) != key:
+            self._mask_key, self._mask_kept = key, -100.0 * shift_mask(height, width, self.window_size, shift, like)
+        return self._mask_kept
+
+
+class EagerLadderBlock(LadderBlock):
+    """:class:`tersor.LadderBlock` of :class:`EagerLadderAttention`; the MLPs run on ``(B, C, H, W)``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"attention": EagerLadderAttention} | options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(B, H, W, dim)`` to ``(B, H, W, dim)``."""
+        outputs: Tensor | None = None
+        value: Tensor | None = None
+        for branch, part in zip(self.blocks, input.chunk(len(self.blocks), 3), strict=True):
+            assert isinstance(branch, LadderBranch)
+            part = part.contiguous()
+            x = part + branch.drop_path(branch.attn(branch.norm1(part), value))
+            mlp = branch.mlp.conv(branch.norm2(x).permute(0, 3, 1, 2).contiguous())
+            value = x + branch.drop_path(mlp.permute(0, 2, 3, 1).contiguous())
+            outputs = value if outputs is None else torch.cat([outputs, value], 3)
+        assert outputs is not None
+        gated = outputs * self.se(outputs)
+        return self.pointconv(gated) + gated
