@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 SOURCES := $(shell find csrc -type f)
-# Whole files keep together, so that what their tests share is made once, and idle workers take from busy ones.
+# Each worker starts with half of the files in a row, and takes from the other when it is done.
 TEST_OPTIONS ?= -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
