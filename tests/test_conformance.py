@@ -275,8 +275,9 @@ def test_same_bits_every_time(subject: Subject, run: tuple[str, str]) -> None:
                 torch.set_num_threads(count)
                 results.append(gradients(subject, clones(tensors)))
             if run[1] != "reference":  # torch's own sums may depend on the threads
+                ours = slice(None if subject.in_forward else 1, None)
                 for result in results[1:]:
-                    assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+                    assert all(torch.equal(a, b) for a, b in zip(results[0][ours], result[ours], strict=True))
     finally:
         torch.set_num_threads(threads)
 
@@ -296,7 +297,8 @@ def test_any_strides(subject: Subject, run: tuple[str, str]) -> None:
     for layout in zip(*map(strided, tensors), strict=True):
         inputs = tuple(t.requires_grad_(subject.differentiable) for t in layout)
         for e, g in zip(expected, gradients(subject, inputs), strict=True):
-            torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-5)
+            size = max(1.0, e.abs().max().item())  # torch sums in an order that depends on the strides
+            torch.testing.assert_close(g, e, atol=1e-6 * size, rtol=1e-5)
 
 
 @pytest.mark.differentiable
