@@ -20,8 +20,7 @@ import triton.language as tl
 # strides' alignment is VECTOR. mask_3 is: as a rule it is 1, which makes the rows of a mask of pairs contiguous.
 STRIDES = [f"{tensor}_{axis}" for tensor in ("query", "key", "value", "grad") for axis in "byxh"]
 SIZES = ["table_r", "table_h", "mask_b", "mask_1", "mask_2", "height", "width", "heads", "shift_y", "shift_x"]
-COUNTS = ["windows", "each"]
-PLACES = [f"{tensor}_{number}" for tensor in ("query", "key", "value") for number in ("start", "step")]
+COUNTS = ["windows", "each", "vectors"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -71,9 +70,11 @@ def rows(base, image, head, y, x, stride_b, stride_y, stride_x, stride_h, d, VEC
 
 
 @triton.jit
-def dense_rows(base, image, head, y, x, sizes, start, step, d, HEAD_DIM: tl.constexpr):
-    """Pointers into a contiguous result, whose vectors ``start`` and ``step`` count."""
-    first = image * sizes[0] * sizes[1] * step + tl.cast(start, tl.int64) + head
+def dense_rows(base, image, head, y, x, sizes, vectors, d, PLACE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Pointers into a contiguous result: PLACE says how many tensors of ``vectors`` lie before, which part it is of how
+    many that a token has side by side."""
+    step = PLACE[2] * sizes[2]
+    first = image * sizes[0] * sizes[1] * step + tl.cast(vectors, tl.int64) * PLACE[0] + PLACE[1] * sizes[2] + head
     return base + first * HEAD_DIM + ((y * sizes[1] + x) * step * HEAD_DIM)[:, None] + d[None, :]
 
 
@@ -95,9 +96,9 @@ def store(pointers, vectors, present, d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def slice_start(query_start, key_start, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK: tl.constexpr):
+def slice_start(query_start, key_start, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, KEYS: tl.constexpr):
     """The table's first row that a block of queries and a block of keys can meet."""
-    last = tl.minimum(key_start + BLOCK, WINDOW_H * WINDOW_W) - 1
+    last = tl.minimum(key_start + KEYS, WINDOW_H * WINDOW_W) - 1
     return (query_start // WINDOW_W - last // WINDOW_W + WINDOW_H - 1) * (2 * WINDOW_W - 1)
 
 
@@ -111,18 +112,17 @@ def bias(
     A slice of the table, from its row ``first`` on, is read once, and the pairs find theirs in shared memory: from
     global memory they would be as many scalar loads as there are pairs.
     """
-    present = (query < WINDOW_H * WINDOW_W) & (key < WINDOW_H * WINDOW_W)
-    pairs = tl.zeros(present.shape, tl.float32)
+    # A row of the window is WINDOW_W - 1 further in the table than in the window.
+    index = query + query // WINDOW_W * (WINDOW_W - 1) - (key + key // WINDOW_W * (WINDOW_W - 1))
+    index += (WINDOW_H - 1) * (2 * WINDOW_W - 1) + WINDOW_W - 1 - first
+    pairs = tl.zeros(index.shape, tl.float32)
     if table is not None:
         r = first + tl.arange(0, SLICE)
         entries = table + head.to(tl.int64) * table_h + r.to(tl.int64) * table_r
         entry = tl.load(entries, mask=r < (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1), other=0.0).to(tl.float32) * LOG2E
-        index = (query // WINDOW_W - key // WINDOW_W + WINDOW_H - 1) * (2 * WINDOW_W - 1)
-        index += query % WINDOW_W - key % WINDOW_W + WINDOW_W - 1 - first
-        index = tl.where(present, index, 0)
-        found = tl.gather(entry, tl.reshape(index, [index.shape[0] * index.shape[1]]), 0)
-        pairs = tl.reshape(found, present.shape)
-    return tl.where(present, pairs, tl.where(key < WINDOW_H * WINDOW_W, 0.0, float("-inf")))
+        index = tl.minimum(tl.maximum(index, 0), SLICE - 1)  # of pairs that there are not
+        pairs = tl.reshape(tl.gather(entry, tl.reshape(index, [index.shape[0] * index.shape[1]]), 0), index.shape)
+    return tl.where(key < WINDOW_H * WINDOW_W, pairs, float("-inf"))
 
 
 @triton.jit
@@ -149,10 +149,10 @@ def logits(
 @triton.jit
 def fold_pairs(
     total, partials, query_start, key_start, first,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Writes the table's gradient from row ``first`` on, SLICE rows, from that of the logits, ``[KEYS, QUERIES]``."""
-    key = key_start + tl.arange(0, BLOCK)[:, None]
+    key = key_start + tl.arange(0, total.shape[0])[:, None]
     STEP: tl.constexpr = min(SLICE, FOLDED)
     for start in range(0, SLICE, STEP):
         place = start + tl.arange(0, STEP)
@@ -160,8 +160,10 @@ def fold_pairs(
         y = key // WINDOW_W + r // (2 * WINDOW_W - 1) - (WINDOW_H - 1)
         x = key % WINDOW_W + r % (2 * WINDOW_W - 1) - (WINDOW_W - 1)
         query = y * WINDOW_W + x - query_start
-        met = (key < WINDOW_H * WINDOW_W) & (y >= 0) & (y < WINDOW_H) & (x >= 0) & (x < WINDOW_W)
-        met = met & (query >= 0) & (query < BLOCK)
+        # The least of all distances to a limit: LLVM has put the comparisons' results together on the stack.
+        least = tl.minimum(tl.minimum(y, WINDOW_H - 1 - y), tl.minimum(x, WINDOW_W - 1 - x))
+        least = tl.minimum(tl.minimum(query, total.shape[1] - 1 - query), least)
+        met = tl.minimum(WINDOW_H * WINDOW_W - 1 - key, least) >= 0
         found = tl.gather(total, tl.where(met, query, 0), 1)
         tl.store(partials + place, tl.sum(tl.where(met, found, 0.0), axis=0))
 

@@ -20,7 +20,6 @@ from tersor.triton_kernels.attention._window import (
     COUNTS,
     LN2,
     LOG2E,
-    PLACES,
     SIZES,
     STRIDES,
     bias,
@@ -44,8 +43,8 @@ def forward_kernel(
     value_b, value_y, value_x, value_h,
     table_r, table_h, mask_b, mask_1, mask_2, mask_3, mask_value, height, width, heads, shift_y, shift_x, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
@@ -64,13 +63,13 @@ def forward_kernel(
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for begin in range(0, TOKENS, BLOCK):
-        b = begin + tl.arange(0, BLOCK)
+    for begin in range(0, TOKENS, STEP):
+        b = begin + tl.arange(0, STEP)
         _, v, u, others = tokens(window, b, sizes, shift, masks, WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE)
         key_rows = rows(key, image, head, v, u, key_b, key_y, key_x, key_h, d, VECTOR)
         value_rows = rows(value, image, head, v, u, value_b, value_y, value_x, value_h, d, VECTOR)
         k, v = load(key_rows, b < TOKENS, d, HEAD_DIM), load(value_rows, b < TOKENS, d, HEAD_DIM)
-        first = slice_start(start, begin, WINDOW_H, WINDOW_W, BLOCK)
+        first = slice_start(start, begin, WINDOW_H, WINDOW_W, STEP)
         pairs = bias(table, table_r, table_h, head, a[:, None], b[None, :], first, WINDOW_H, WINDOW_W, SLICE)
         scores = logits(
             q, k, scale, pairs, image, window, a[:, None], b[None, :], flags, others, sizes, masks,
@@ -85,14 +84,14 @@ def forward_kernel(
         mean = mean * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         maximum = largest
     store(
-        dense_rows(output, image, head, y, x, sizes, 0, heads, d, HEAD_DIM),
+        dense_rows(output, image, head, y, x, sizes, 0, d, (0, 0, 1), HEAD_DIM),
         mean * (1.0 / total)[:, None], a < TOKENS, d, HEAD_DIM,
     )  # fmt: skip
     lse = tl.where(total == 0.0, float("nan"), (maximum + tl.log2(total)) * LN2)  # all are -inf: torch's is NaN
     tl.store(statistics(logsumexp, image, head, y, x, sizes), lse, mask=a < TOKENS)
 
 
-@triton.jit(do_not_specialize=STRIDES + SIZES + PLACES)
+@triton.jit(do_not_specialize=STRIDES + SIZES + COUNTS[2:])
 def grad_query_kernel(
     grad_output, query, key, value, table, mask, logsumexp, delta, grad_qkv,
     grad_b, grad_y, grad_x, grad_h,
@@ -100,14 +99,15 @@ def grad_query_kernel(
     key_b, key_y, key_x, key_h,
     value_b, value_y, value_x, value_h,
     table_r, table_h, mask_b, mask_1, mask_2, mask_3, mask_value, height, width, heads, shift_y, shift_x, scale,
-    query_start, query_step,
+    vectors, QUERY: tl.constexpr,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Also writes ``delta``, each query's sum of weights times their gradients."""
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
+    STEPS: tl.constexpr = (TOKENS + STEP - 1) // STEP
     sizes = (height, width, heads)
     shift = (shift_y, shift_x)
     masks = (mask, mask_b, mask_1, mask_2, mask_3, mask_value)
@@ -124,14 +124,14 @@ def grad_query_kernel(
 
     total = tl.zeros([BLOCK], tl.float32)
     grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for step in range(2 * BLOCKS):
-        begin = step % BLOCKS * BLOCK
-        b = begin + tl.arange(0, BLOCK)
+    for step in range(2 * STEPS):
+        begin = step % STEPS * STEP
+        b = begin + tl.arange(0, STEP)
         _, v, u, others = tokens(window, b, sizes, shift, masks, WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE)
         key_rows = rows(key, image, head, v, u, key_b, key_y, key_x, key_h, d, VECTOR)
         value_rows = rows(value, image, head, v, u, value_b, value_y, value_x, value_h, d, VECTOR)
         k, v = load(key_rows, b < TOKENS, d, HEAD_DIM), load(value_rows, b < TOKENS, d, HEAD_DIM)
-        first = slice_start(start, begin, WINDOW_H, WINDOW_W, BLOCK)
+        first = slice_start(start, begin, WINDOW_H, WINDOW_W, STEP)
         pairs = bias(table, table_r, table_h, head, a[:, None], b[None, :], first, WINDOW_H, WINDOW_W, SLICE)
         scores = logits(
             q, k, scale, pairs, image, window, a[:, None], b[None, :], flags, others, sizes, masks,
@@ -139,13 +139,13 @@ def grad_query_kernel(
         )  # fmt: skip
         weights = tl.exp2(scores - lse[:, None])
         grad_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
-        if step < BLOCKS:
+        if step < STEPS:
             total += tl.sum(weights * grad_weights, axis=1)
         else:
             grad_logits = weights * (grad_weights - total[:, None])
             grad_q += tl.dot(grad_logits.to(k.dtype), k, input_precision="ieee")
     tl.store(statistics(delta, image, head, y, x, sizes), total, mask=a < TOKENS)
-    pointers = dense_rows(grad_qkv, image, head, y, x, sizes, query_start, query_step, d, HEAD_DIM)
+    pointers = dense_rows(grad_qkv, image, head, y, x, sizes, vectors, d, QUERY, HEAD_DIM)
     store(pointers, grad_q * scale, a < TOKENS, d, HEAD_DIM)
 
 
@@ -168,7 +168,7 @@ def _pairs_of(
     return weights, tl.where(present, weights * (grad_weights - delta[None, :]), 0.0)
 
 
-@triton.jit(do_not_specialize=STRIDES + SIZES + PLACES)
+@triton.jit(do_not_specialize=STRIDES + SIZES + COUNTS[2:])
 def grad_key_value_kernel(
     grad_output, query, key, value, table, mask, logsumexp, delta, grad_qkv,
     grad_b, grad_y, grad_x, grad_h,
@@ -176,10 +176,10 @@ def grad_key_value_kernel(
     key_b, key_y, key_x, key_h,
     value_b, value_y, value_x, value_h,
     table_r, table_h, mask_b, mask_1, mask_2, mask_3, mask_value, height, width, heads, shift_y, shift_x, scale,
-    key_start, key_step, value_start, value_step,
+    vectors, KEY: tl.constexpr, VALUE: tl.constexpr,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
@@ -198,8 +198,8 @@ def grad_key_value_kernel(
 
     grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for begin in range(0, TOKENS, BLOCK):
-        a = begin + tl.arange(0, BLOCK)
+    for begin in range(0, TOKENS, STEP):
+        a = begin + tl.arange(0, STEP)
         _, w, u, flags = tokens(window, a, sizes, shift, masks, WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE)
         query_rows = rows(query, image, head, w, u, query_b, query_y, query_x, query_h, d, VECTOR)
         grad_rows = rows(grad_output, image, head, w, u, grad_b, grad_y, grad_x, grad_h, d, VECTOR)
@@ -214,13 +214,13 @@ def grad_key_value_kernel(
         )  # fmt: skip
         grad_v += tl.dot(weights.to(g.dtype), g, input_precision="ieee")
         grad_k += tl.dot(grad_logits.to(q.dtype), q, input_precision="ieee")
-    pointers = dense_rows(grad_qkv, image, head, y, x, sizes, key_start, key_step, d, HEAD_DIM)
+    pointers = dense_rows(grad_qkv, image, head, y, x, sizes, vectors, d, KEY, HEAD_DIM)
     store(pointers, grad_k * scale, b < TOKENS, d, HEAD_DIM)
-    pointers = dense_rows(grad_qkv, image, head, y, x, sizes, value_start, value_step, d, HEAD_DIM)
+    pointers = dense_rows(grad_qkv, image, head, y, x, sizes, vectors, d, VALUE, HEAD_DIM)
     store(pointers, grad_v, b < TOKENS, d, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=STRIDES + SIZES + COUNTS)
+@triton.jit(do_not_specialize=STRIDES + SIZES + COUNTS[:2])
 def grad_bias_kernel(
     grad_output, query, key, value, table, mask, logsumexp, delta, partials,
     grad_b, grad_y, grad_x, grad_h,
@@ -230,8 +230,8 @@ def grad_bias_kernel(
     table_r, table_h, mask_b, mask_1, mask_2, mask_3, mask_value, height, width, heads, shift_y, shift_x, scale,
     windows, each,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of queries and one of keys, in ``each`` windows."""
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
@@ -243,14 +243,14 @@ def grad_bias_kernel(
     chunks = tl.cdiv(windows, each)
     head = tl.program_id(0) % heads
     chunk = tl.program_id(0) // heads % chunks
-    begin = tl.program_id(0) // heads // chunks // BLOCKS * BLOCK
+    begin = tl.program_id(0) // heads // chunks // BLOCKS * STEP
     start = tl.program_id(0) // heads // chunks % BLOCKS * BLOCK
     d = tl.arange(0, BLOCK_D)
-    a = begin + tl.arange(0, BLOCK)
+    a = begin + tl.arange(0, STEP)
     b = start + tl.arange(0, BLOCK)
     first = slice_start(begin, start, WINDOW_H, WINDOW_W, BLOCK)
     pairs = bias(table, table_r, table_h, head, a[None, :], b[:, None], first, WINDOW_H, WINDOW_W, SLICE)
-    sums = tl.zeros([BLOCK, BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK, STEP], tl.float32)
     for window in range(chunk * each, tl.minimum(chunk * each + each, windows)):
         image, y, x, others = tokens(window, b, sizes, shift, masks, WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE)
         _, w, u, flags = tokens(window, a, sizes, shift, masks, WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE)
@@ -259,15 +259,18 @@ def grad_bias_kernel(
         q = load(rows(query, image, head, w, u, query_b, query_y, query_x, query_h, d, VECTOR), a < TOKENS, d, HEAD_DIM)
         grad_rows = rows(grad_output, image, head, w, u, grad_b, grad_y, grad_x, grad_h, d, VECTOR)
         g = load(grad_rows, a < TOKENS, d, HEAD_DIM)
+        # One load a thread and a lookup, where Triton would load what each of its pairs needs.
         lse = tl.load(statistics(logsumexp, image, head, w, u, sizes), mask=a < TOKENS, other=0.0) * LOG2E
+        lse = tl.gather(lse, tl.arange(0, STEP), 0)
         dot = tl.load(statistics(delta, image, head, w, u, sizes), mask=a < TOKENS, other=0.0)
+        dot = tl.gather(dot, tl.arange(0, STEP), 0)
         _, grad_logits = _pairs_of(
             q, k, v, g, lse, dot, scale, pairs, image, window, a, b, flags, others, sizes, masks,
             WINDOW_H, WINDOW_W, SHIFTED, MASK,
         )  # fmt: skip
         sums += grad_logits
     own = partials + tl.program_id(0).to(tl.int64) * SLICE
-    fold_pairs(sums, own, begin, start, first, WINDOW_H, WINDOW_W, BLOCK, SLICE)
+    fold_pairs(sums, own, begin, start, first, WINDOW_H, WINDOW_W, SLICE)
 
 
 def ahead_of_time_cases() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:

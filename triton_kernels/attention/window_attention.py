@@ -47,7 +47,6 @@ from tersor.triton_kernels.attention._window import (
     COUNTS,
     LN2,
     LOG2E,
-    PLACES,
     SIZES,
     STRIDES,
     bias,
@@ -72,7 +71,7 @@ MOST = 16  # windows of a program
 _PARTIALS, _ENTRIES = 64, 16  # of a step of the last launch: 4 KiB
 
 
-@triton.jit(do_not_specialize=STRIDES[:12] + SIZES + COUNTS)
+@triton.jit(do_not_specialize=STRIDES[:12] + SIZES + COUNTS[:2])
 def _forward_kernel(
     query, key, value, table, mask, output, logsumexp,
     query_b, query_y, query_x, query_h,
@@ -109,12 +108,12 @@ def _forward_kernel(
         weights = tl.exp2(scores - maximum[:, None])  # [QUERIES, KEYS]
         total = tl.sum(weights, axis=1)
         mean = tl.dot(weights.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
-        store(dense_rows(output, image, head, y, x, sizes, 0, heads, d, HEAD_DIM), mean, present, d, HEAD_DIM)
+        store(dense_rows(output, image, head, y, x, sizes, 0, d, (0, 0, 1), HEAD_DIM), mean, present, d, HEAD_DIM)
         lse = (maximum + tl.log2(total)) * LN2
         tl.store(statistics(logsumexp, image, head, y, x, sizes), lse, mask=present)
 
 
-@triton.jit(do_not_specialize=STRIDES + SIZES + COUNTS + PLACES)
+@triton.jit(do_not_specialize=STRIDES + SIZES + COUNTS)
 def _backward_kernel(
     grad_output, query, key, value, table, mask, logsumexp, grad_qkv, partials,
     grad_b, grad_y, grad_x, grad_h,
@@ -122,7 +121,8 @@ def _backward_kernel(
     key_b, key_y, key_x, key_h,
     value_b, value_y, value_x, value_h,
     table_r, table_h, mask_b, mask_1, mask_2, mask_3, mask_value, height, width, heads, shift_y, shift_x, scale,
-    windows, each, query_start, query_step, key_start, key_step, value_start, value_step,
+    windows, each, vectors,
+    QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SLICE: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -158,7 +158,7 @@ def _backward_kernel(
         # There are no queries beyond the window: what a NaN or infinity makes of their zeros must not count.
         weights = tl.where(present[None, :], tl.exp2(scores - lse[None, :]), 0.0)
         grad_v = tl.dot(weights.to(g.dtype), g, input_precision="ieee")
-        pointers = dense_rows(grad_qkv, image, head, y, x, sizes, value_start, value_step, d, HEAD_DIM)
+        pointers = dense_rows(grad_qkv, image, head, y, x, sizes, vectors, d, VALUE, HEAD_DIM)
         store(pointers, grad_v, present, d, HEAD_DIM)
         grad_weights = tl.dot(v, tl.trans(g), input_precision="ieee")
         delta = tl.sum(weights * grad_weights, axis=0)
@@ -167,38 +167,44 @@ def _backward_kernel(
             sums += grad_logits
         rounded = grad_logits.to(q.dtype)
         grad_k = tl.dot(rounded, q, input_precision="ieee") * scale
-        pointers = dense_rows(grad_qkv, image, head, y, x, sizes, key_start, key_step, d, HEAD_DIM)
+        pointers = dense_rows(grad_qkv, image, head, y, x, sizes, vectors, d, KEY, HEAD_DIM)
         store(pointers, grad_k, present, d, HEAD_DIM)
-        grad_q = tl.dot(tl.trans(k), rounded, input_precision="ieee") * scale  # [BLOCK_D, QUERIES]
-        pointers = dense_rows(grad_qkv, image, head, y, x, sizes, query_start, query_step, d, HEAD_DIM)
+        if q.dtype == tl.float32:
+            k = tl.trans(k)
+        else:  # read again from L2, as ``k`` would be 32 registers throughout the loop
+            across = rows(key, image, head, y, x, key_b, key_y, key_x, key_h, d, VECTOR)
+            k = tl.load(tl.trans(across), mask=(d < HEAD_DIM)[:, None] & present[None, :], other=0.0)
+        grad_q = tl.dot(k, rounded, input_precision="ieee") * scale  # [BLOCK_D, QUERIES]
+        pointers = dense_rows(grad_qkv, image, head, y, x, sizes, vectors, d, QUERY, HEAD_DIM)
         store(pointers, tl.trans(grad_q), present, d, HEAD_DIM)
     if partials is not None:
         own = partials + tl.program_id(0).to(tl.int64) * SLICE
-        fold_pairs(sums, own, 0, 0, 0, WINDOW_H, WINDOW_W, BLOCK, SLICE)
+        fold_pairs(sums, own, 0, 0, 0, WINDOW_H, WINDOW_W, SLICE)
 
 
 @triton.jit(do_not_specialize=["chunks", "heads"])
 def _fold_kernel(
     partials, grad_table, chunks, heads,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SLICE: tl.constexpr,
     PARTIALS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """ENTRIES rows of the table for one head; every block of queries met every block of keys in ``chunks`` programs."""
+    """ENTRIES rows of the table for one head; all STEP queries met all BLOCK keys in ``chunks`` programs each."""
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     BLOCKS: tl.constexpr = (WINDOW_H * WINDOW_W + BLOCK - 1) // BLOCK
+    PAIRS: tl.constexpr = BLOCKS * ((WINDOW_H * WINDOW_W + STEP - 1) // STEP)
     head = tl.program_id(0) % heads
     r = tl.program_id(0) // heads * ENTRIES + tl.arange(0, ENTRIES)
     total = tl.zeros([PARTIALS, ENTRIES], tl.float32)
-    for begin in range(0, BLOCKS * BLOCKS * chunks, PARTIALS):
+    for begin in range(0, PAIRS * chunks, PARTIALS):
         part = begin + tl.arange(0, PARTIALS)
-        if BLOCKS == 1:
+        if PAIRS == 1:
             entry = tl.zeros([PARTIALS, 1], tl.int32) + r[None, :]
         else:
             pair = part // chunks
-            start = slice_start(pair // BLOCKS * BLOCK, pair % BLOCKS * BLOCK, WINDOW_H, WINDOW_W, BLOCK)
+            start = slice_start(pair // BLOCKS * STEP, pair % BLOCKS * BLOCK, WINDOW_H, WINDOW_W, BLOCK)
             entry = r[None, :] - start[:, None]
         own = partials + ((part.to(tl.int64) * heads + head) * SLICE)[:, None]
-        there = (part < BLOCKS * BLOCKS * chunks)[:, None] & (entry >= 0) & (entry < SLICE)
+        there = (part < PAIRS * chunks)[:, None] & (entry >= 0) & (entry < SLICE)
         total += tl.load(own + entry, mask=there, other=0.0)
     place = grad_table + r.to(tl.int64) * heads + head
     tl.store(place, tl.sum(total, axis=0).to(grad_table.dtype.element_ty), mask=r < TABLE)
@@ -225,7 +231,8 @@ def window_attention_forward(
     logsumexp = torch.empty((batch, heads, height, width), dtype=torch.float32, device=query.device)
     windows, numbers, constants, inputs, others = _plan((query, key, value), position_bias, mask, *options)
     arguments = (*inputs, *others, output, logsumexp, *numbers)
-    if blocks := _blocks(constants):
+    blocks, _ = _blocks(constants)
+    if blocks > 1:
         _launch(_window_blocks.forward_kernel, windows * blocks * heads, constants, *arguments)
     else:
         each, chunks = _share(windows, heads)
@@ -269,31 +276,32 @@ def window_attention_backward(
     windows, numbers, constants, inputs, others = _plan((grad_output, query, key, value), position_bias, mask, *options)
     if not windows:
         return flat, table.zero_()
-    places = _places(packs, batch * height * width * heads, heads)
+    constants |= _places(packs)
+    vectors = batch * height * width * heads
     logsumexp = logsumexp.contiguous()  # as the forward made it: no copy
-    blocks = _blocks(constants)
-    each, chunks = _share(windows, heads * max(blocks, 1) ** 2)
+    blocks, steps = _blocks(constants)
+    each, chunks = _share(windows, heads * blocks * steps)
     partials = None
     if position_bias is not None:
-        shape = (max(blocks, 1) ** 2, chunks, heads, constants["SLICE"])
+        shape = (blocks * steps, chunks, heads, constants["SLICE"])
         partials = torch.empty(shape, dtype=torch.float32, device=query.device)
     sources = (*inputs, *others, logsumexp)
-    if blocks:
+    if blocks > 1:
         delta = torch.empty_like(logsumexp)
         programs = windows * blocks * heads
         common = (*sources, delta, flat, *numbers)
-        _launch(_window_blocks.grad_query_kernel, programs, constants, *common, *places[:2])
-        _launch(_window_blocks.grad_key_value_kernel, programs, constants, *common, *places[2:])
+        _launch(_window_blocks.grad_query_kernel, programs, constants, *common, vectors)
+        _launch(_window_blocks.grad_key_value_kernel, programs, constants, *common, vectors)
         if partials is not None:
-            programs = blocks**2 * chunks * heads
+            programs = blocks * steps * chunks * heads
             arguments = (*sources, delta, partials, *numbers, windows, each)
             _launch(_window_blocks.grad_bias_kernel, programs, constants, *arguments)
     else:
-        arguments = (*sources, flat, partials, *numbers, windows, each, *places)
+        arguments = (*sources, flat, partials, *numbers, windows, each, vectors)
         _launch(_backward_kernel, chunks * heads, constants, *arguments)
     if partials is not None:
         programs = triton.cdiv(len(table), _ENTRIES) * heads
-        folding = {name: constants[name] for name in ("WINDOW_H", "WINDOW_W", "BLOCK", "SLICE")}
+        folding = {name: constants[name] for name in ("WINDOW_H", "WINDOW_W", "BLOCK", "STEP", "SLICE")}
         folding |= {"PARTIALS": _PARTIALS, "ENTRIES": _ENTRIES}
         _launch(_fold_kernel, programs, folding, partials, table, chunks, heads)
     return flat, table
@@ -334,29 +342,34 @@ def _constants(window: Sequence[int], head_dim: int, itemsize: int) -> dict[str,
     """The constants that sizes decide: the one place where blocks are chosen."""
     block_d = max(triton.next_power_of_2(head_dim), 16)
     height, width = window
-    tokens_in_window = height * width
-    block = min(max(TILE_BYTES // (block_d * itemsize), 16), BLOCK, max(triton.next_power_of_2(tokens_in_window), 16))
-    rows_in_block = min(height, (block + width - 2) // width + 1)
+    block = min(max(TILE_BYTES // (block_d * itemsize), 16), BLOCK, max(triton.next_power_of_2(height * width), 16))
+    step = block if height * width <= block else max(block // 2, 16)  # of the loops over a window's other blocks
+    spans = [min(height, (n + width - 2) // width + 1) for n in (block, step)]  # in rows of the window
     return {
         "WINDOW_H": height,
         "WINDOW_W": width,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
         "BLOCK": block,
+        "STEP": step,
         # Rows of the table that a block of queries and one of keys can meet; a power of two, and whole vectors.
-        "SLICE": max(triton.next_power_of_2((2 * rows_in_block - 1) * (2 * width - 1)), _ENTRIES),
+        "SLICE": max(triton.next_power_of_2((sum(spans) - 1) * (2 * width - 1)), _ENTRIES),
     }
 
 
-def _blocks(constants: dict[str, Any]) -> int:
-    """Blocks of a window that does not fit one; else 0."""
-    count = triton.cdiv(constants["WINDOW_H"] * constants["WINDOW_W"], constants["BLOCK"])
-    return count if count > 1 else 0
+def _blocks(constants: dict[str, Any]) -> tuple[int, int]:
+    """How many blocks and steps a window has."""
+    count = constants["WINDOW_H"] * constants["WINDOW_W"]
+    return triton.cdiv(count, constants["BLOCK"]), triton.cdiv(count, constants["STEP"])
 
 
-def _options(block: int, itemsize: int) -> dict[str, Any]:
-    """Fused multiply-add is asked for by name, since Triton 3.10 turns its default off."""
-    return {"num_warps": block // (16 if itemsize == 2 else 8), "num_stages": 2, "enable_fp_fusion": True}
+def _options(kernel: Any, block: int, itemsize: int) -> dict[str, Any]:
+    """Fused multiply-add is asked for by name, since Triton 3.10 turns its default off.
+
+    A second stage, where the next window's vectors come while this one's are worked on, spills the float32 backward.
+    """
+    stages = 1 if itemsize == 4 and kernel is _backward_kernel else 2
+    return {"num_warps": block // (16 if itemsize == 2 else 8), "num_stages": stages, "enable_fp_fusion": True}
 
 
 def _share(windows: int, groups: int) -> tuple[int, int]:
@@ -365,14 +378,13 @@ def _share(windows: int, groups: int) -> tuple[int, int]:
     return each, triton.cdiv(windows, each)
 
 
-def _places(packs: Sequence[int], vectors: int, heads: int) -> list[int]:
-    """Where the gradients of query, key and value start in the flat result, and their steps, in vectors."""
+def _places(packs: Sequence[int]) -> dict[str, tuple[int, int, int]]:
+    """Where the gradients of query, key and value lie: how many tensors before them, which part, of how many."""
     places, taken = [], 0
     for count in packs:
-        for part in range(count):
-            places += [taken * vectors + part * heads, count * heads]
+        places += [(taken, part, count) for part in range(count)]
         taken += count
-    return places
+    return dict(zip(("QUERY", "KEY", "VALUE"), places, strict=True))
 
 
 def _plan(
@@ -419,7 +431,8 @@ def _plan(
 def _launch(kernel: Any, programs: int, constants: dict[str, Any], *arguments: Any) -> None:
     if programs:
         with torch.cuda.device_of(arguments[0]):
-            kernel[(programs,)](*arguments, **constants, **_options(constants["BLOCK"], arguments[0].element_size()))
+            own = {name: n for name, n in constants.items() if name in kernel.arg_names}
+            kernel[(programs,)](*arguments, **own, **_options(kernel, constants["BLOCK"], arguments[0].element_size()))
 
 
 def ahead_of_time_cases() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -427,34 +440,31 @@ def ahead_of_time_cases() -> Iterator[tuple[Any, str, dict[str, str], dict[str, 
 
     The signature is in the notation of Triton's own compiler driver: ``"*fp16:16"`` is a pointer to 16 aligned bytes.
     """
-    whole, parts = (
-        (_forward_kernel, _backward_kernel),
-        (
-            _window_blocks.forward_kernel,
-            _window_blocks.grad_query_kernel,
-            _window_blocks.grad_key_value_kernel,
-            _window_blocks.grad_bias_kernel,
-        ),
-    )
+    itemsizes = {"fp16": 2, "bf16": 2, "fp32": 4}
     kinds = dict.fromkeys(("table", "logsumexp", "delta", "partials", "grad_table"), "*fp32:16")
     kinds |= {"mask": "*u8:16", "mask_value": "fp32", "scale": "fp32"}
     data = ("query", "key", "value", "grad_output", "output", "grad_qkv")
-    for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+    blocks = _window_blocks
+    parts = (blocks.forward_kernel, blocks.grad_query_kernel, blocks.grad_key_value_kernel, blocks.grad_bias_kernel)
+    for name, window, head_dim, masked in (
+        ("fp16", (7, 7), 24, "none"),
+        ("fp16", (8, 8), 32, "tokens"),
+        ("bf16", (7, 7), 32, "none"),
+        ("fp32", (7, 7), 32, "none"),
+        ("bf16", (14, 14), 32, "none"),
+        ("fp32", (14, 14), 32, "none"),
+    ):
+        itemsize = itemsizes[name]
+        constants = _constants(window, head_dim, itemsize) | _places([3])
+        constants |= {"VECTOR": 16 // itemsize, "SHIFTED": True, "MASK": masked, "WIDE": False}
+        constants |= {"mask": None} if masked == "none" else {}
         types = kinds | dict.fromkeys(data, f"*{name}:16")
-        for window, head_dim, masked, kernels in (
-            ((7, 7), 24, "none", whole),
-            ((8, 8), 32, "tokens", whole),
-            ((14, 14), 32, "none", parts),
-        ):
-            constants = _constants(window, head_dim, itemsize)
-            constants |= {"VECTOR": 16 // itemsize, "SHIFTED": True, "MASK": masked, "WIDE": False}
-            constants |= {"mask": None} if masked == "none" else {}
-            for kernel in kernels:
-                signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constants}
-                own = {a: constants[a] for a in kernel.arg_names if a in constants}
-                label = f"{name} {window[0]}x{window[1]} head_dim {head_dim}"
-                yield kernel, label, signature, own, _options(constants["BLOCK"], itemsize)
+        for kernel in parts if _blocks(constants)[0] > 1 else (_forward_kernel, _backward_kernel):
+            signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constants}
+            own = {a: constants[a] for a in kernel.arg_names if a in constants}
+            label = f"{name} {window[0]}x{window[1]} head_dim {head_dim}"
+            yield kernel, label, signature, own, _options(kernel, constants["BLOCK"], itemsize)
     own = {name: n for name, n in _constants((7, 7), 32, 2).items() if name in _fold_kernel.arg_names}
     own |= {"PARTIALS": _PARTIALS, "ENTRIES": _ENTRIES}
     signature = {a: kinds.get(a, "i32") for a in _fold_kernel.arg_names if a not in own}
-    yield _fold_kernel, "7x7", signature, own, _options(own["BLOCK"], 2)
+    yield _fold_kernel, "7x7", signature, own, _options(_fold_kernel, own["BLOCK"], 2)
