@@ -76,10 +76,10 @@ class EagerLadderBlock(LadderBlock):
         for branch in self.blocks:
             assert isinstance(branch.attn, EagerLadderAttention)
             if any(branch.attn.shift_size):
-                sizes = tuple(check_pair("EagerLadderBlock", "input_resolution", resolution, 1))
-                mask = branch.attn.shift_mask(*sizes, branch.attn.relative_position_bias_table.detach())
+                height, width = check_pair("EagerLadderBlock", "input_resolution", resolution, 1)
+                mask = branch.attn.shift_mask(height, width, branch.attn.relative_position_bias_table.detach())
                 branch.attn.register_buffer("attn_mask", mask, persistent=False)
-                branch.attn.built_for = sizes
+                branch.attn.built_for = (height, width)
 
     def forward(self, input: Tensor) -> Tensor:
         """``(B, H, W, dim)`` to ``(B, H, W, dim)``."""
