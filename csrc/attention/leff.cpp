@@ -155,6 +155,7 @@ Memory pack(Task& task, bool backward) {
     task.taps = arena.take<A>(9 * hidden);
     for (void** vector : {&task.bias1, &task.tap_bias, &task.scale, &task.shift}) *vector = arena.take<A>(hidden);
     task.bias2 = arena.take<A>(task.pitch_o);
+    task.careful = arena.take<uint8_t>(task.chunks);
     return arena.used;
   };
   Memory memory = allocate(layout(Arena{nullptr}));

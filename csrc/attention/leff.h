@@ -34,6 +34,7 @@ struct Task {
   // [chunk][pitch_o], weight1 as it is [chunk][pitch_c]; then vectors of all chunks.
   void *columns1, *columns2, *rows1, *rows2;
   void *bias1, *taps, *tap_bias, *scale, *shift, *bias2;
+  uint8_t* careful;  // of each chunk: some tap is not finite, and must not be multiplied with the zeros of the padding
 
   // Where torch's own products are faster, the kernels do only what lies between them, on maps [tokens][hidden] of the
   // caller's type: what comes out of the first linear layer without its bias, the gradient of what goes into the second

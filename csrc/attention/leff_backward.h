@@ -103,7 +103,9 @@ void differentiate_inner(const Stream<A>& s, int64_t at, int64_t count, A* parti
     const A* rows[3];
     rows_around(task, work, work.gradient, y, x, rows);
     A* to = work.first + token * chunk;
-    convolve<A>(rows, n, chunk, s.of(task.taps), task.padded_hidden(), 8, -1, nullptr, to);
+    const A* taps = s.of(task.taps);
+    if (s.careful()) convolve_inside<A>(task, rows, y, x, n, taps, 8, -1, nullptr, to);
+    else convolve<A>(rows, n, chunk, taps, task.padded_hidden(), 8, -1, nullptr, to);
     const A *slopes = work.slope.token(y, x), *raws = task.affine ? work.raw.token(y, x) : nullptr;
     for (int64_t e = 0; e < chunk; e += lanes) {
       Vec<A> shift{}, scale{}, bias{};

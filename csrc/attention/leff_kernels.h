@@ -130,10 +130,15 @@ void pack_chunks(const Task& task, int64_t begin, int64_t end) {
     pack_vector<T, A>(task, task.given.scale, A(1), task.scale, first);
     pack_vector<T, A>(task, task.given.shift, A(0), task.shift, first);
     const T* taps = static_cast<const T*>(task.given.taps);
+    bool finite = true;
     for (int64_t tap = 0; tap < 9; ++tap) {
       A* to = static_cast<A*>(task.taps) + tap * padded + first;
-      for (int64_t e = 0; e < chunk; ++e) to[e] = e < present ? static_cast<A>(taps[(first + e) * 9 + tap]) : A(0);
+      for (int64_t e = 0; e < chunk; ++e) {
+        to[e] = e < present ? static_cast<A>(taps[(first + e) * 9 + tap]) : A(0);
+        finite = finite && to[e] - to[e] == A(0);
+      }
     }
+    task.careful[i] = !finite;
     if (i > 0) continue;
     A* bias2 = static_cast<A*>(task.bias2);
     const T* from = static_cast<const T*>(task.given.bias2);
@@ -242,6 +247,24 @@ TERSOR_INLINE void convolve(const A* const rows[3], int64_t count, int64_t chunk
   }
 }
 
+// The same for a run from (y, x) on, without the taps outside of the map.
+template <class A>
+void convolve_inside(const Task& task, const A* const rows[3], int64_t y, int64_t x, int64_t count, const A* taps,
+                     int64_t tap, int64_t step, const A* bias, A* to) {
+  const int64_t chunk = task.chunk, padded = task.padded_hidden();
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t e = 0; e < chunk; e += Simd<A>::lanes) {
+      Vec<A> sum = bias ? load(bias + e) : Vec<A>{};
+      for (int64_t i = 0; i < 9; ++i) {
+        const int64_t row = y + i / 3 - 1, column = x + t + i % 3 - 1;
+        if (row < 0 || row >= task.height || column < 0 || column >= task.width) continue;
+        sum = fma<A>(load(taps + (tap + i * step) * padded + e), load(rows[i / 3] + (t + i % 3) * chunk + e), sum);
+      }
+      store<A>(to + t * chunk + e, sum);
+    }
+  }
+}
+
 // One chunk of one strip.
 template <class A>
 struct Stream {
@@ -253,6 +276,7 @@ struct Stream {
   A* sums;                     // of the block; null for none
   bool fresh;                  // the first strip of the block, whose products the sums begin with
 
+  bool careful() const { return task.careful[first / task.chunk]; }
   int64_t token(int64_t at) const { return image * task.map() + at; }
   template <class P>
   const A* of(P* packed, int64_t each = 1) const {
@@ -312,8 +336,10 @@ void convolve_block(const Stream<A>& s, int64_t at, int64_t count, A* to) {
   for_runs(task, at, count, [&](int64_t token, int64_t y, int64_t x, int64_t n) {
     const A* rows[3];
     rows_around(task, s.work, s.work.active, y, x, rows);
-    convolve(rows, n, task.chunk, s.of(task.taps), task.padded_hidden(), 0, 1, s.of(task.tap_bias),
-             to + token * task.chunk);
+    const A *taps = s.of(task.taps), *bias = s.of(task.tap_bias);
+    A* sums = to + token * task.chunk;
+    if (s.careful()) convolve_inside(task, rows, y, x, n, taps, 0, 1, bias, sums);
+    else convolve(rows, n, task.chunk, taps, task.padded_hidden(), 0, 1, bias, sums);
   });
 }
 

@@ -65,14 +65,11 @@ NAMES = (
 )  # fmt: skip
 
 
-def _gradients(
-    function: Any, tensors: list[torch.Tensor | None], grad: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Output and gradients for ``grad`` (by default an even ramp)."""
+def _gradients(function: Any, tensors: list[torch.Tensor | None], seed: int = 0) -> list[torch.Tensor]:
+    """Output and gradients for an incoming gradient that the seed gives."""
     leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
     output = function(*leaves)
-    if grad is None:
-        grad = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
     return [output.detach(), *torch.autograd.grad(output, [t for t in leaves if t is not None], grad.to(output))]
 
 
