@@ -168,7 +168,8 @@ def psnr_and_ssim(output: Tensor, truth: Tensor, border: int) -> tuple[float, fl
 
 def colour_psnr_and_ssim(output: Tensor, truth: Tensor) -> tuple[float, float]:
     """The same of all three channels and without a border, as in tables of denoising; SSIM is the channels' mean."""
-    return _scores(*(picture.permute(1, 2, 0).numpy() for picture in (output, truth)), channel_axis=2)
+    ours, theirs = (picture.permute(1, 2, 0).numpy() for picture in (output, truth))
+    return _scores(ours, theirs, channel_axis=2)
 
 
 def _scores(ours: np.ndarray, theirs: np.ndarray, channel_axis: int | None = None) -> tuple[float, float]:
