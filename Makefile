@@ -3,7 +3,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 SOURCES := $(shell find csrc -type f)
-TEST_OPTIONS ?= -n 2
+# Each worker starts with half of the files in a row, and takes from the other when it is done.
+TEST_OPTIONS ?= -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test bench gpu lint wheel clean
@@ -11,6 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/native
 	$(PY) -m tersor.models.train_digits --output demo
 
+# Two workers of two threads each on two cores: waiting threads sleep, since spinning takes half of the time.
+test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/native
 	OMP_NUM_THREADS=2 $(PY) -m pytest $(TEST_OPTIONS) tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) -k triton \

@@ -14,15 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tersor import LadderBlock
+from tersor._checks import check_pair
 from tersor.attention.ladder_attention import LadderAttention, LadderBranch
 from tersor.models.eager_attention import merge, partition, shift_mask
 
 
 class EagerLadderAttention(LadderAttention):
-    """:class:`tersor.LadderAttention` by rolling and partitioning: same options and parameters."""
+    """:class:`tersor.LadderAttention` by rolling and partitioning: same options and parameters.
+
+    The mask for the map that the block is built for is a buffer, as published; for other maps it is built in each call.
+    """
+
+    built_for: tuple[int, ...] = ()
+    attn_mask: Tensor
 
     def forward(self, input: Tensor, value: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """``(B, H, W, dim)`` to the same; ``mask`` must be None, the shift's is built here."""
+        """``(B, H, W, dim)`` to the same; ``mask`` must be None."""
+        assert mask is None, "the published layer builds the shift's mask only"
         self.check_inputs(input, value)
         height, width = input.shape[1:3]
         below, right = self.padding(height, width)
@@ -42,7 +50,9 @@ class EagerLadderAttention(LadderAttention):
         bias = self.relative_position_bias_table[index].view(x.shape[2], x.shape[2], -1).permute(2, 0, 1).contiguous()
         logits = logits + bias
         if any(shift):
-            logits = logits + self._mask(padded_height, padded_width, shift, logits).unsqueeze(2)
+            built = (padded_height, padded_width) == self.built_for
+            cut = self.attn_mask if built else self.shift_mask(padded_height, padded_width, logits)
+            logits = logits + cut.unsqueeze(2)
         output = (logits.softmax(-1) @ values.to(logits.dtype)).transpose(2, 3).reshape(x.shape)
         output = self.proj(output)
         if value is not None:
@@ -51,12 +61,8 @@ class EagerLadderAttention(LadderAttention):
         output = merge(output, padded_height, padded_width, window, shift)
         return output[:, :height, :width].contiguous()
 
-    def _mask(self, height: int, width: int, shift: list[int], like: Tensor) -> Tensor:
-        """Kept for the next call, as the published block keeps it in a buffer."""
-        key = (height, width, tuple(shift), like.device, like.dtype)
-        if getattr(self, "_mask_key", None) != key:
-            self._mask_key, self._mask_kept = key, -100.0 * shift_mask(height, width, self.window_size, shift, like)
-        return self._mask_kept
+    def shift_mask(self, height: int, width: int, like: Tensor) -> Tensor:
+        return -100.0 * shift_mask(height, width, self.window_size, self.shift_size, like)
 
 
 class EagerLadderBlock(LadderBlock):
@@ -64,6 +70,16 @@ class EagerLadderBlock(LadderBlock):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"attention": EagerLadderAttention} | options)
+        resolution = options["input_resolution"] if "input_resolution" in options else (*args[2:3], None)[0]
+        if resolution is None:
+            return
+        for branch in self.blocks:
+            assert isinstance(branch.attn, EagerLadderAttention)
+            if any(branch.attn.shift_size):
+                sizes = tuple(check_pair("EagerLadderBlock", "input_resolution", resolution, 1))
+                mask = branch.attn.shift_mask(*sizes, branch.attn.relative_position_bias_table.detach())
+                branch.attn.register_buffer("attn_mask", mask, persistent=False)
+                branch.attn.built_for = sizes
 
     def forward(self, input: Tensor) -> Tensor:
         """``(B, H, W, dim)`` to ``(B, H, W, dim)``."""

@@ -19,6 +19,12 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 RUNS = [("cpu", "native"), ("cpu", "triton"), ("cpu", "reference"), ("cuda", "native"), ("cuda", "triton")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of nothing but slow tests come first, so that no worker is left alone with one at the end."""
+    quick = {item.path for item in items if not item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path in quick)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20240229)

@@ -16,6 +16,7 @@ import tersor
 from tersor._backends import running
 from tersor._operator import REGISTRY
 
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 RAW = [(subject, name) for subject in SUBJECTS for name in subject.operators]
 
 
@@ -62,12 +63,17 @@ def test_runs_the_backend_it_claims(subject: Subject, run: tuple[str, str]) -> N
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_opcheck(subject: Subject, name: str, grad: bool, run: tuple[str, str]) -> None:
+    if grad and REGISTRY[name].derivative is None:
+        pytest.skip("it has no derivative, so that this would be the same check again")
     for dtype in dtypes_of(subject, run):
-        for size in sizes_of(subject, run)[: None if dtype == torch.float32 else 1]:
+        for i, size in enumerate(sizes_of(subject, run)[: None if dtype == torch.float32 else 1]):
             arguments = subject.raw(name, size, dtype, run[0])
-            if grad and REGISTRY[name].derivative is not None:
+            if grad:
                 arguments = tuple(a.requires_grad_() if is_floating(a) else a for a in arguments)
-            torch.library.opcheck(REGISTRY[name].overload, arguments)
+            # Tracing costs 50 times the rest. Its graph holds sizes as symbols, or as a fixed 1; without a gradient it
+            # is the operator alone, whose dtypes the fake kernel's check compares.
+            traced = i < 3 and (grad or dtype == torch.float32)
+            torch.library.opcheck(REGISTRY[name].overload, arguments, test_utils=OPCHECKS if traced else OPCHECKS[:-1])
 
 
 @pytest.mark.differentiable
@@ -269,8 +275,9 @@ def test_same_bits_every_time(subject: Subject, run: tuple[str, str]) -> None:
                 torch.set_num_threads(count)
                 results.append(gradients(subject, clones(tensors)))
             if run[1] != "reference":  # torch's own sums may depend on the threads
+                ours = slice(None if subject.in_forward else 1, None)
                 for result in results[1:]:
-                    assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+                    assert all(torch.equal(a, b) for a, b in zip(results[0][ours], result[ours], strict=True))
     finally:
         torch.set_num_threads(threads)
 
@@ -290,7 +297,8 @@ def test_any_strides(subject: Subject, run: tuple[str, str]) -> None:
     for layout in zip(*map(strided, tensors), strict=True):
         inputs = tuple(t.requires_grad_(subject.differentiable) for t in layout)
         for e, g in zip(expected, gradients(subject, inputs), strict=True):
-            torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-5)
+            size = max(1.0, e.abs().max().item())  # torch sums in an order that depends on the strides
+            torch.testing.assert_close(g, e, atol=1e-6 * size, rtol=1e-5)
 
 
 @pytest.mark.differentiable

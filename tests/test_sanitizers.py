@@ -28,7 +28,7 @@ def runtime(name: str) -> str:
 def test_no_bad_memory_and_no_undefined_behaviour(tmp_path: Path) -> None:
     environment = {
         **os.environ,
-        "CXXFLAGS": "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DTERSOR_POISON",
+        "CXXFLAGS": "-g1 -O0 -fsanitize=address,undefined -fno-sanitize-recover=all -DTERSOR_POISON",
         "LDFLAGS": "-fsanitize=address,undefined",
         "TERSOR_CUDA": "0",
     }

@@ -35,6 +35,12 @@ struct Task {
   void *columns1, *columns2, *rows1, *rows2;
   void *bias1, *taps, *tap_bias, *scale, *shift, *bias2;
 
+  // Where torch's own products are faster, the kernels do only what lies between them, on maps [tokens][hidden] of the
+  // caller's type: what comes out of the first linear layer without its bias, the gradient of what goes into the second
+  // one; what goes into the second one, the gradient of what came out of the first. Null where the kernels multiply.
+  const void *inner, *grad_outer;
+  void *outer, *grad_inner;
+
   void* result;    // output or grad_input, contiguous, of the caller's type
   void* partials;  // the groups' results, each [tokens][pitch]; null for one group
   void* sums;      // the blocks' parameter gradients, see Sums
@@ -42,6 +48,7 @@ struct Task {
   int64_t map() const { return height * width; }
   int64_t tokens() const { return batch * map(); }
   int64_t padded_hidden() const { return chunk * chunks; }
+  bool multiplies() const { return !inner; }
   int64_t group_chunks() const { return (chunks + groups - 1) / groups; }
 
   void plan(bool backward) {
@@ -59,7 +66,8 @@ struct Task {
     strips = (height + strip_rows - 1) / strip_rows;
     const int64_t all = images * strips;
     // A block's parameter gradients take two products' worth of memory, which at least 2 * hidden tokens pay for.
-    const int64_t most_blocks = backward ? std::max<int64_t>(1, std::min<int64_t>(32, tokens() / std::max<int64_t>(256, hidden))) : all;
+    const int64_t worth = multiplies() ? std::max<int64_t>(256, hidden) : 256;
+    const int64_t most_blocks = backward ? std::max<int64_t>(1, std::min<int64_t>(32, tokens() / worth)) : all;
     block_strips = (all + most_blocks - 1) / most_blocks;
     blocks = (all + block_strips - 1) / block_strips;
     groups = std::min(chunks, (8 + blocks - 1) / blocks);
@@ -73,10 +81,10 @@ struct Sums {
   int64_t columns1, columns2, taps, tap_bias, bias1, scale, shift, bias2, size;
 
   explicit Sums(const Task& task) {
-    const int64_t hidden = task.padded_hidden();
+    const int64_t hidden = task.padded_hidden(), multiplied = task.multiplies() ? hidden : 0;
     columns1 = 0;
-    columns2 = columns1 + hidden * task.channels;
-    taps = columns2 + hidden * task.outputs;
+    columns2 = columns1 + multiplied * task.channels;
+    taps = columns2 + multiplied * task.outputs;
     tap_bias = taps + 9 * hidden;
     bias1 = tap_bias + hidden;
     scale = bias1 + hidden;

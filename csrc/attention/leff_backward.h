@@ -9,11 +9,12 @@
 namespace tersor::leff {
 namespace TERSOR_ISA {
 
-// sums[row][chunk] += the products of a block's rows and hidden channels.
+// sums[row][chunk] += the products of a block's rows and hidden channels; where they begin, what was there is ignored.
 template <class A>
-void add_outer(const Rows<A>& rows, int64_t count, int64_t channels, const A* block, int64_t chunk, A* sums) {
+void add_outer(const Rows<A>& rows, int64_t count, int64_t channels, const A* block, int64_t chunk, bool begin,
+               A* sums) {
   product_columns<A>(channels, chunk, count, rows.data, 1, rows.pitch, block, chunk,
-                     [=](int64_t row) -> const A* { return sums + row * chunk; }, sums, chunk);
+                     [=](int64_t row) -> const A* { return begin ? nullptr : sums + row * chunk; }, sums, chunk);
 }
 
 template <class A>
@@ -58,8 +59,12 @@ void differentiate_outer(const Stream<A>& s, int64_t at, int64_t count, bool own
   const int64_t chunk = task.chunk, padded = task.padded_hidden();
   const Rows<A> g = tokens_of<T>(task, task.grad_output, s.image, at, count, task.outputs, work.grad);
   convolve_block(s, at, count, work.first);
-  product_columns<A>(count, chunk, task.outputs, g.data, g.pitch, 1, s.of(task.columns2, task.outputs), chunk, nothing,
-                     work.second, chunk);
+  if (task.multiplies()) {
+    product_columns<A>(count, chunk, task.outputs, g.data, g.pitch, 1, s.of(task.columns2, task.outputs), chunk,
+                       [](int64_t) { return nullptr; }, work.second, chunk);
+  } else {
+    load_map<T, A>(task, task.grad_outer, s.token(at), count, s.first, nullptr, work.second);
+  }
   const bool sum = own && s.sums;
   const Sums place(task);
   for_runs(task, at, count, [&](int64_t token, int64_t y, int64_t x, int64_t n) {
@@ -76,7 +81,12 @@ void differentiate_outer(const Stream<A>& s, int64_t at, int64_t count, bool own
     add_taps<A>(rows, to, n, chunk, s.sums + place.taps + s.first, padded, s.sums + place.tap_bias + s.first);
   });
   if (!sum) return;
-  add_outer(g, count, task.outputs, work.first, chunk, s.sums + place.columns2 + s.first * task.outputs);
+  if (task.multiplies()) {
+    add_outer(g, count, task.outputs, work.first, chunk, s.fresh && at == s.top * task.width,
+              s.sums + place.columns2 + s.first * task.outputs);
+  } else {
+    store_map<T>(task, work.first, s.token(at), count, s.first, task.outer);
+  }
   if (s.first == 0) add_columns(g, count, task.outputs, s.sums + place.bias2);
 }
 
@@ -113,9 +123,11 @@ void differentiate_inner(const Stream<A>& s, int64_t at, int64_t count, A* parti
       if (raws) add(place.shift, shift), add(place.scale, scale);
     }
   });
+  if (!task.multiplies()) return store_map<T>(task, work.first, s.token(at), count, s.first, task.grad_inner);
   if (s.sums) {
     const Rows<A> x = tokens_of<T>(task, task.input, s.image, at, count, task.channels, work.input);
-    add_outer(x, count, task.channels, work.first, chunk, s.sums + place.columns1 + s.first * task.channels);
+    add_outer(x, count, task.channels, work.first, chunk, s.fresh && at == s.top * task.width,
+              s.sums + place.columns1 + s.first * task.channels);
   }
   if (!task.need_input) return;
   add_result<T, A>(s, at, count, task.channels, task.pitch_c, work.first, s.of(task.rows1, task.pitch_c), nullptr,
@@ -160,8 +172,10 @@ void backward_units(const Task& task, int64_t begin, int64_t end, char* memory) 
     if (sums) {
       const int64_t first = from * task.chunk, hidden = (to - from) * task.chunk;
       const auto clear = [&](int64_t where, int64_t count) { std::memset(sums + where, 0, count * sizeof(A)); };
-      clear(place.columns1 + first * task.channels, hidden * task.channels);
-      clear(place.columns2 + first * task.outputs, hidden * task.outputs);
+      if (task.batch == 0 && task.multiplies()) {
+        clear(place.columns1 + first * task.channels, hidden * task.channels);
+        clear(place.columns2 + first * task.outputs, hidden * task.outputs);
+      }
       for (int64_t tap = 0; tap < 9; ++tap) clear(place.taps + tap * padded + first, hidden);
       for (int64_t where : {place.tap_bias, place.bias1, place.scale, place.shift}) clear(where + first, hidden);
       if (group == 0) clear(place.bias2, place.size - place.bias2);
@@ -171,7 +185,8 @@ void backward_units(const Task& task, int64_t begin, int64_t end, char* memory) 
       const int64_t top = strip % task.strips * task.strip_rows;
       for (int64_t chunk = from; chunk < to; ++chunk) {
         const Stream<A> stream{task, work, strip / task.strips, top, std::min(task.height, top + task.strip_rows),
-                               chunk * task.chunk, chunk == from, chunk + 1 == to, sums};
+                               chunk * task.chunk, chunk == from, chunk + 1 == to, sums,
+                               strip == block * task.block_strips};
         backward_chunk<T, A>(stream, partial);
       }
     }
@@ -198,39 +213,48 @@ void write_vector(const A* from, int64_t count, int64_t step, void* to) {
   for (int64_t i = 0; i < count; ++i) static_cast<T*>(to)[i * step] = static_cast<T>(from[i]);
 }
 
-// For chunks begin .. end; the caller's memory holds [lanes][channels to whole vectors].
+// The gradients of one chunk's weights; the caller's memory holds [lanes][channels to whole vectors].
 template <class T, class A>
-void write_gradients(const Task& task, const Gradients& out, int64_t begin, int64_t end, A* rows) {
+void write_weights(const Task& task, const Gradients& out, int64_t first, int64_t present, A* rows) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const Sums place(task);
-  const int64_t chunk = task.chunk, padded = task.padded_hidden(), channels = task.channels, outputs = task.outputs;
+  const int64_t chunk = task.chunk, channels = task.channels, outputs = task.outputs;
+  A* sums = static_cast<A*>(task.sums);
+  const int64_t columns1 = place.columns1 + first * channels, columns2 = place.columns2 + first * outputs;
+  add_blocks<A>(task, columns1, chunk * channels);
+  add_blocks<A>(task, columns2, chunk * outputs);
+  T* weight2 = static_cast<T*>(out.weight2) + first;
+  for (int64_t o = 0; o < outputs; ++o) {
+    for (int64_t e = 0; e < present; e += lanes) {
+      store_as<A>(weight2 + o * task.hidden + e, load(sums + columns2 + o * chunk + e),
+                  static_cast<int>(std::min(lanes, present - e)));
+    }
+  }
+  for (int64_t e = 0; e < present; e += lanes) {
+    const int64_t here = std::min(lanes, present - e);
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int some = static_cast<int>(std::min(lanes, channels - c));
+      transpose_in(sums + columns1 + c * chunk + e, chunk, some, here, rows + c, task.pitch_c);
+    }
+    T* weight1 = static_cast<T*>(out.weight1) + (first + e) * channels;
+    for (int64_t r = 0; r < here; ++r) {
+      for (int64_t c = 0; c < channels; c += lanes) {
+        store_as<A>(weight1 + r * channels + c, load(rows + r * task.pitch_c + c),
+                    static_cast<int>(std::min(lanes, channels - c)));
+      }
+    }
+  }
+}
+
+// For chunks begin .. end.
+template <class T, class A>
+void write_gradients(const Task& task, const Gradients& out, int64_t begin, int64_t end, A* rows) {
+  const Sums place(task);
+  const int64_t chunk = task.chunk, padded = task.padded_hidden(), outputs = task.outputs;
   A* sums = static_cast<A*>(task.sums);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = i * chunk, present = std::min(chunk, task.hidden - first);
-    const int64_t columns1 = place.columns1 + first * channels, columns2 = place.columns2 + first * outputs;
-    add_blocks<A>(task, columns1, chunk * channels);
-    add_blocks<A>(task, columns2, chunk * outputs);
-    T* weight2 = static_cast<T*>(out.weight2) + first;
-    for (int64_t o = 0; o < outputs; ++o) {
-      for (int64_t e = 0; e < present; e += lanes) {
-        store_as<A>(weight2 + o * task.hidden + e, load(sums + columns2 + o * chunk + e),
-                    static_cast<int>(std::min(lanes, present - e)));
-      }
-    }
-    for (int64_t e = 0; e < present; e += lanes) {
-      const int64_t here = std::min(lanes, present - e);
-      for (int64_t c = 0; c < channels; c += lanes) {
-        const int some = static_cast<int>(std::min(lanes, channels - c));
-        transpose_in(sums + columns1 + c * chunk + e, chunk, some, here, rows + c, task.pitch_c);
-      }
-      T* weight1 = static_cast<T*>(out.weight1) + (first + e) * channels;
-      for (int64_t r = 0; r < here; ++r) {
-        for (int64_t c = 0; c < channels; c += lanes) {
-          store_as<A>(weight1 + r * channels + c, load(rows + r * task.pitch_c + c),
-                      static_cast<int>(std::min(lanes, channels - c)));
-        }
-      }
-    }
+    if (task.multiplies()) write_weights<T, A>(task, out, first, present, rows);
     const auto vector = [&](int64_t where, int64_t step, void* to) {
       add_blocks<A>(task, where + first, present);
       if (to) write_vector<T>(sums + where + first, present, step, static_cast<T*>(to) + first * step);

@@ -51,7 +51,7 @@ struct Workspace {
     }
     first = arena.take<A>(BLOCK * task.chunk), second = arena.take<A>(BLOCK * task.chunk);
     input = arena.take<A>(BLOCK * task.channels), grad = arena.take<A>(BLOCK * task.outputs);
-    const int64_t kept = task.groups > 1 ? 0 : task.chunks > 1 ? task.strip_rows * width : BLOCK;
+    const int64_t kept = task.groups > 1 || !task.multiplies() ? 0 : task.chunks > 1 ? task.strip_rows * width : BLOCK;
     result = arena.take<A>(kept * (backward ? task.pitch_c : task.pitch_o));
     if (arena.base) std::memset(zeros, 0, active.pitch * sizeof(A));
   }
@@ -107,8 +107,10 @@ void pack_chunks(const Task& task, int64_t begin, int64_t end) {
   const T *weight1 = static_cast<const T*>(task.given.weight1), *weight2 = static_cast<const T*>(task.given.weight2);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = i * chunk, present = std::min(chunk, task.hidden - first);
-    pack_columns(weight1 + first * task.channels, task.channels, present, task.channels,
-                 static_cast<A*>(task.columns1) + first * task.channels, chunk);
+    if (task.columns1) {
+      pack_columns(weight1 + first * task.channels, task.channels, present, task.channels,
+                   static_cast<A*>(task.columns1) + first * task.channels, chunk);
+    }
     if (task.rows2) {
       A* to = static_cast<A*>(task.rows2) + first * task.pitch_o;
       std::memset(to + present * task.pitch_o, 0, (chunk - present) * task.pitch_o * sizeof(A));
@@ -118,7 +120,7 @@ void pack_chunks(const Task& task, int64_t begin, int64_t end) {
       pack_rows(weight2 + first, task.hidden, task.outputs, present,
                 static_cast<A*>(task.columns2) + first * task.outputs, chunk);
     }
-    if (task.rows1) {
+    if (task.rows1 && task.rows1 != task.given.weight1) {
       A* to = static_cast<A*>(task.rows1) + first * task.pitch_c;
       std::memset(to + present * task.pitch_c, 0, (chunk - present) * task.pitch_c * sizeof(A));
       pack_rows(weight1 + first * task.channels, task.channels, present, task.channels, to, task.pitch_c);
@@ -183,6 +185,32 @@ TERSOR_INLINE Rows<A> tokens_of(const Task& task, const View& view, int64_t imag
   return {copy, channels};
 }
 
+// A chunk's part of a block of a map [tokens][hidden], plus the bias, as [count][chunk]; and back.
+template <class T, class A>
+void load_map(const Task& task, const void* map, int64_t token, int64_t count, int64_t first, const A* bias, A* to) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  const T* from = static_cast<const T*>(map) + token * task.hidden + first;
+  const int64_t chunk = task.chunk, present = std::min(chunk, task.hidden - first);
+  for (int64_t t = 0; t < count; ++t, from += task.hidden, to += chunk) {
+    for (int64_t e = 0; e < chunk; e += lanes) {
+      const int some = static_cast<int>(std::max<int64_t>(0, std::min(lanes, present - e)));
+      store<A>(to + e, (some ? load_as<A>(from + e, some) : Vec<A>{}) + (bias ? load(bias + e) : Vec<A>{}));
+    }
+  }
+}
+
+template <class T, class A>
+void store_map(const Task& task, const A* from, int64_t token, int64_t count, int64_t first, void* map) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  T* to = static_cast<T*>(map) + token * task.hidden + first;
+  const int64_t chunk = task.chunk, present = std::min(chunk, task.hidden - first);
+  for (int64_t t = 0; t < count; ++t, to += task.hidden, from += chunk) {
+    for (int64_t e = 0; e < present; e += lanes) {
+      store_as<A>(to + e, load(from + e), static_cast<int>(std::min(lanes, present - e)));
+    }
+  }
+}
+
 // The three rows around row y, with tokens from x - 1 on.
 template <class A>
 TERSOR_INLINE void rows_around(const Task& task, const Workspace<A>& work, const Ring<A>& ring, int64_t y, int64_t x,
@@ -223,14 +251,14 @@ struct Stream {
   int64_t first;               // hidden channel of the chunk
   bool begins, ends;           // the first, the last chunk of the strip's result
   A* sums;                     // of the block; null for none
+  bool fresh;                  // the first strip of the block, whose products the sums begin with
 
+  int64_t token(int64_t at) const { return image * task.map() + at; }
   template <class P>
   const A* of(P* packed, int64_t each = 1) const {
     return static_cast<const A*>(packed) + first * each;
   }
 };
-
-constexpr auto nothing = [](int64_t) { return nullptr; };
 
 // The first linear layer and activation of a block, into the rings.
 template <class T, class A, bool BACKWARD>
@@ -239,10 +267,14 @@ void activate(const Stream<A>& s, int64_t at, int64_t count) {
   const Task& task = s.task;
   Workspace<A>& work = s.work;
   const int64_t chunk = task.chunk;
-  const Rows<A> x = tokens_of<T>(task, task.input, s.image, at, count, task.channels, work.input);
   const A *bias = s.of(task.bias1), *scales = s.of(task.scale), *shifts = s.of(task.shift);
-  product_columns<A>(count, chunk, task.channels, x.data, x.pitch, 1, s.of(task.columns1, task.channels), chunk,
-                     [=](int64_t) { return bias; }, work.first, chunk);
+  if (task.multiplies()) {
+    const Rows<A> x = tokens_of<T>(task, task.input, s.image, at, count, task.channels, work.input);
+    product_columns<A>(count, chunk, task.channels, x.data, x.pitch, 1, s.of(task.columns1, task.channels), chunk,
+                       [=](int64_t) { return bias; }, work.first, chunk);
+  } else {
+    load_map<T>(task, task.inner, s.token(at), count, s.first, bias, work.first);
+  }
   for_runs(task, at, count, [&](int64_t token, int64_t y, int64_t x0, int64_t n) {
     const A* from = work.first + token * chunk;
     A *to = work.active.token(y, x0), *slopes = nullptr, *raws = nullptr;
@@ -291,13 +323,13 @@ void add_result(const Stream<A>& s, int64_t at, int64_t count, int64_t columns, 
                 const A* right, const A* bias, A* partial) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const Task& task = s.task;
-  A* to = partial ? partial + (s.image * task.map() + at) * pitch
+  A* to = partial ? partial + s.token(at) * pitch
                   : s.work.result + (task.chunks > 1 ? (at - s.top * task.width) * pitch : 0);
   const bool begins = s.begins;
   product_columns<A>(count, columns, task.chunk, left, task.chunk, 1, right, pitch,
                      [=](int64_t row) -> const A* { return begins ? bias : to + row * pitch; }, to, pitch);
   if (partial || !s.ends) return;
-  T* output = static_cast<T*>(task.result) + (s.image * task.map() + at) * columns;
+  T* output = static_cast<T*>(task.result) + s.token(at) * columns;
   for (int64_t t = 0; t < count; ++t, output += columns, to += pitch) {
     for (int64_t c = 0; c < columns; c += lanes) {
       store_as<A>(output + c, load(to + c), static_cast<int>(std::min(lanes, columns - c)));
@@ -320,6 +352,10 @@ void forward_chunk(const Stream<A>& s, const A* bias, A* partial) {
     }
     convolve_block(s, at, count, block);
     for (int64_t i = 0; i < count * task.chunk; i += lanes) store<A>(block + i, gelu<A>(load(block + i)));
+    if (!task.multiplies()) {
+      store_map<T>(task, block, s.token(at), count, s.first, task.outer);
+      continue;
+    }
     add_result<T, A>(s, at, count, task.outputs, task.pitch_o, block, s.of(task.rows2, task.pitch_o), bias, partial);
   }
 }
@@ -336,7 +372,7 @@ void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
     const int64_t from = group * each, to = std::min(task.chunks, from + each);
     for (int64_t chunk = from; chunk < to; ++chunk) {
       const Stream<A> stream{task, work, strip / task.strips, top, std::min(task.height, top + task.strip_rows),
-                             chunk * task.chunk, chunk == from, chunk + 1 == to, nullptr};
+                             chunk * task.chunk, chunk == from, chunk + 1 == to, nullptr, false};
       forward_chunk<T, A>(stream, group ? nullptr : static_cast<const A*>(task.bias2), partial);
     }
   }

@@ -127,10 +127,13 @@ class LadderAttention(WindowBias):
                 f"LadderAttention: value must be {'a tensor' if self.given_values else 'None'} "
                 f"with given_values={self.given_values}, got {type(value).__name__}"
             )
-        if value is not None and value.shape != input.shape:
-            raise ValueError(
-                f"LadderAttention: value must have the shape of input {tuple(input.shape)}, got {tuple(value.shape)}"
-            )
+        if value is not None:
+            check_floating("LadderAttention", value=value)
+            if value.shape != input.shape:
+                raise ValueError(
+                    f"LadderAttention: value must have the shape of input {tuple(input.shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
         for axis, size, window in zip("HW", input.shape[1:3], self.window_size, strict=True):
             if size < 1 or (size % window and not self.pad):
                 raise ValueError(f"LadderAttention: {axis} ({size}) must be a multiple of the window's size ({window})")
@@ -166,11 +169,13 @@ class MlpLight(nn.Module):
     pads the normalised map with zeros.
 
     Raises:
-        ValueError: in training mode there is one position only, so that norms have nothing to average.
+        TypeError, ValueError: the input is not as stated, or in training mode there is one position only, so that norms
+            have nothing to average.
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
+        self.dim = dim
         self.conv = nn.Sequential(
             nn.Conv2d(dim, hidden_dim, 1),
             nn.GELU(),
@@ -183,6 +188,9 @@ class MlpLight(nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        check_floating("MlpLight", input=input)
+        if input.dim() != 4 or input.shape[3] != self.dim:
+            raise ValueError(f"MlpLight: input must be (B, H, W, {self.dim}), got shape {tuple(input.shape)}")
         if isinstance(self.conv[2], ChannelAffine):
             return folded_layers(self.conv, input)
         expand, activation, norm1, depthwise, _, norm2, reduce, norm3 = self.conv

@@ -97,7 +97,7 @@ class WindowBias(nn.Module):
         given = state_dict.get(key)
         if isinstance(given, Tensor) and not given.is_meta:
             index = index.to(given.device)
-            if not torch.equal(given.flatten(), index.flatten()):
+            if not torch.equal(given.flatten().to(index.dtype), index.flatten()):
                 args[-1].append(f"{key} must be that of {tuple(self.window_size)} windows with row-major tokens")
         state_dict[key] = index
         super()._load_from_state_dict(state_dict, prefix, *args)

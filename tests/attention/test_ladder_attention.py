@@ -171,6 +171,8 @@ def test_mlp_refuses_one_position_in_training():
     with pytest.raises(ValueError, match=r"batch norm in training mode: input must have several positions"):
         module(torch.zeros(1, 1, 1, 4))
     assert module.eval()(torch.zeros(1, 1, 1, 4)).isfinite().all()
+    with pytest.raises(ValueError, match=r"MlpLight: input must be \(B, H, W, 4\), got shape \(1, 9, 4\)"):
+        module(torch.zeros(1, 9, 4))
 
 
 # Fusion

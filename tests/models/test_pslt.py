@@ -176,6 +176,17 @@ def test_grids(height, width):
     assert features.shape == (1, -(-height // 16), -(-width // 16), 48)
 
 
+@pytest.mark.parametrize("conv_depths", [(), (1, 2)])
+def test_a_layer_that_halves_the_grid_always_follows_the_groups(conv_depths):
+    size = 4 * 2 ** len(conv_depths) * 8
+    model = small(conv_depths=conv_depths, img_size=size, embed_dim=12).eval()
+    assert [layer.stride for layer in model.conv_layers] == [s for d in (*conv_depths, 1) for s in (2, *[1] * (d - 1))]
+    with torch.no_grad():
+        maps = model.maps(images(1, size, size))
+    grids = [8 * 2 ** (len(conv_depths) - i) for i in range(len(conv_depths) + 1)] + [4]
+    assert [map.shape for map in maps] == [(1, g, g, c) for g, c in zip(grids, model.channels, strict=True)]
+
+
 def test_eager_baseline_in_float64():
     ours, eager = randomize(small()).double(), small(block=EagerLadderBlock).double()
     weights = dict(ours.named_parameters())

@@ -123,6 +123,7 @@ def compile_case(case: Case, capability: int, folder: Path) -> Report:
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
     resources = _resources(compiled.asm["cubin"], folder)
     loads, stores = _accesses(compiled.asm["ptx"], "ld"), _accesses(compiled.asm["ptx"], "st")
+    loads += _copies(compiled.asm["ptx"])
     return Report(
         case.name,
         case.label,
@@ -149,6 +150,12 @@ def _accesses(ptx: str, operation: str) -> list[int]:
     """Bytes that each load (``ld``) or store (``st``) instruction of global memory moves per thread."""
     found = re.findall(rf"\b{operation}\.(?:\w+\.)?global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
     return [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
+
+
+def _copies(ptx: str) -> list[int]:
+    """Bytes that each asynchronous copy to shared memory, which is a load too, moves per thread."""
+    found = re.findall(r"\bcp\.async\.c[ag]\.shared\.global\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)", ptx)
+    return [int(size, 0) for size in found]
 
 
 def table(reports: list[Report]) -> str:
