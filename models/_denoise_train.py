@@ -22,8 +22,8 @@ from tersor.models._training_state import load_state, save_state
 from tersor.models.uformer import LeWinBlock, Uformer, charbonnier_loss, uformer_nano
 
 SIGMA = 25 / PEAK  # of the noise; networks see pixels in 0..1
-DEPTHS = (1,) * 9
-LEARNING_RATE = 2e-3  # published: 2e-4, for some 250 epochs of a large collection
+DEPTHS = (1, 1, 2, 1, 1, 1, 2, 1, 1)  # of two blocks the second is shifted
+LEARNING_RATE = 3e-3  # published: 2e-4, for 250 epochs of a large collection
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.02  # as published, the decay on all parameters
 WARM_UP = 0.03  # share of the steps; published: 3 of 250 epochs
 UNTIMED = 5  # steps of a process whose times are not counted
@@ -35,9 +35,9 @@ class Config:
 
     seed: int = 0
     channels: int = 8
-    epochs: int = 20
+    epochs: int = 24
     iterations: int = 100
-    batch_size: int = 4
+    batch_size: int = 2
     patch: int = 64
     threads: int = 1
 

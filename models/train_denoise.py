@@ -110,9 +110,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tersor.models.train_denoise", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--epochs", type=between(1, 10_000), default=20, help="of every run (default 20)")
+    add("--epochs", type=between(1, 10_000), default=24, help="of every run (default 24)")
     add("--iterations", type=between(1, 1_000_000), default=100, help="steps per epoch (default 100)")
-    add("--batch-size", type=between(1, 4096), default=4, help="patches per step (default 4)")
+    add("--batch-size", type=between(1, 4096), default=2, help="patches per step (default 2)")
     add("--patch", type=_patch, default=64, help="pixels, squared: 64, 128 or 192 (default 64)")
     add("--channels", type=between(1, 512), default=8, help="of the first level (default 8)")
     add("--seeds", type=between(1, 100), default=2, help="runs (default 2)")
