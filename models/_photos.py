@@ -1,4 +1,4 @@
-"""Photographs for super-resolution, split into regions to train on and regions to test on.
+"""Photographs for super-resolution and denoising, split into regions to train on and regions to test on.
 
 Seven colour photographs that come with scikit-image and scikit-learn, inside their wheels: nothing is downloaded. Of
 each, the lowest quarter is for testing and the rest, less a margin, for training.
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.color
@@ -31,7 +33,10 @@ PEAK = 255
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A part of a photograph in both resolutions, uint8: ``low`` ``(3, H, W)``, ``high`` ``(3, scale H, scale W)``."""
+    """A part of a photograph in both resolutions, uint8: ``low`` ``(3, H, W)``, ``high`` ``(3, scale H, scale W)``.
+
+    At scale 1 both are the photograph itself.
+    """
 
     name: str
     low: Tensor
@@ -127,6 +132,30 @@ class Patches:
         return pair[0], pair[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """PSNR in dB and SSIM of every test region, in the order of :data:`NAMES`."""
+
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+
+    @property
+    def mean_psnr(self) -> float:
+        return statistics.fmean(self.psnr)
+
+    @property
+    def mean_ssim(self) -> float:
+        return statistics.fmean(self.ssim)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "psnr": self.mean_psnr,
+            "ssim": self.mean_ssim,
+            "psnr of each": dict(zip(NAMES, self.psnr, strict=True)),
+            "ssim of each": dict(zip(NAMES, self.ssim, strict=True)),
+        }
+
+
 def psnr_and_ssim(output: Tensor, truth: Tensor, border: int) -> tuple[float, float]:
     """PSNR in dB and SSIM of two uint8 pictures ``(3, H, W)``, as in the field's tables.
 
@@ -134,10 +163,19 @@ def psnr_and_ssim(output: Tensor, truth: Tensor, border: int) -> tuple[float, fl
     sigma 1.5. Computed by scikit-image.
     """
     ours, theirs = (_luma(picture)[border:-border, border:-border] for picture in (output, truth))
+    return _scores(ours, theirs)
+
+
+def colour_psnr_and_ssim(output: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The same of all three channels and without a border, as in tables of denoising; SSIM is the channels' mean."""
+    ours, theirs = (picture.permute(1, 2, 0).numpy() for picture in (output, truth))
+    return _scores(ours, theirs, channel_axis=2)
+
+
+def _scores(ours: np.ndarray, theirs: np.ndarray, channel_axis: int | None = None) -> tuple[float, float]:
     psnr = skimage.metrics.peak_signal_noise_ratio(theirs, ours, data_range=PEAK)
-    ssim = skimage.metrics.structural_similarity(
-        theirs, ours, data_range=PEAK, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
+    options: dict[str, Any] = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = skimage.metrics.structural_similarity(theirs, ours, data_range=PEAK, channel_axis=channel_axis, **options)
     return float(psnr), float(ssim)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tersor.models._digits import read_safetensors, write_safetensors
-from tersor.models._photos import Region, photographs, psnr_and_ssim, to_uint8, upscale
+from tersor.models._photos import Quality, Region, photographs, psnr_and_ssim, to_uint8, upscale
 from tersor.models._sr_train import SCALE
 from tersor.quantization import QuantizedConv2d
 from tersor.quantization.convert import convert_
 from tersor.quantization.packed_layers import PackedConv2d
-
-
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """PSNR in dB and SSIM of every test region, in the order of :data:`tersor.models._photos.NAMES`."""
-
-    psnr: tuple[float, ...]
-    ssim: tuple[float, ...]
-
-    @property
-    def mean_psnr(self) -> float:
-        return statistics.fmean(self.psnr)
-
-    @property
-    def mean_ssim(self) -> float:
-        return statistics.fmean(self.ssim)
-
-    def as_dict(self) -> dict[str, Any]:
-        names = [region.name for region in photographs(SCALE).test]
-        return {
-            "psnr": self.mean_psnr,
-            "ssim": self.mean_ssim,
-            "psnr of each": dict(zip(names, self.psnr, strict=True)),
-            "ssim of each": dict(zip(names, self.ssim, strict=True)),
-        }
 
 
 def quality(outputs: list[Tensor]) -> Quality:
