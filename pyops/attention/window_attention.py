@@ -256,6 +256,7 @@ def _unpack(tensors: Sequence[Tensor | None], packs: Sequence[int]) -> list[Tens
     """Query, key and value as views of the packs that hold them."""
     parts: list[Tensor] = []
     for tensor, count in zip(tensors, packs, strict=False):
+        assert tensor is not None
         parts += [tensor] if count == 1 else tensor.unbind(3)
     return parts
 

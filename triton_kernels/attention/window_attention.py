@@ -422,7 +422,7 @@ def _plan(
         "WIDE": max(spans) >= 2**31,
     }
     windows = batch * (height // window_size[0]) * (width // window_size[1])
-    numbers = [s // vector for s in strides]
+    numbers: list[float] = [s // vector for s in strides]
     numbers += [0, 0] if position_bias is None else position_bias.stride()
     numbers += [*masked, mask_value, height, width, heads, *shift, scale]
     return windows, numbers, constants, inputs, (position_bias, mask)
