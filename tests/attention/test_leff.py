@@ -257,6 +257,22 @@ def test_direct_call_with_bad_sizes_is_an_error_not_a_crash() -> None:
         backward(grad[:, :2], *tensors, True, True)
 
 
+@pytest.mark.parametrize("size", [(2, 16, 16, 64, 128, 64), (1, 33, 8, 72, 256, 64)], ids=str)
+@pytest.mark.parametrize("count", [7, 9])
+def test_wide_bfloat16(size: Size, count: int) -> None:
+    """Where torch's own products may run: twice torch's error, and a rounding. One strip an image, and several."""
+    tensors: list[Any] = list(_affine_inputs(size, torch.bfloat16, "cpu"))[:count]
+    tensors[1], tensors[5] = tensors[1] / 4, tensors[5] / 4
+    exact = _gradients(leff_channels_last, [t.double() for t in tensors])
+    plain, ours = _gradients(leff_channels_last, tensors), _gradients(tersor.leff, tensors)
+    for e, p, o in zip(exact, plain, ours, strict=True):
+        assert (o.shape, o.dtype) == (e.shape, torch.bfloat16)
+        error, allowed = ((t.double() - e).abs().max() / e.abs().max().clamp(min=1) for t in (o, p))
+        assert error <= max(2 * allowed, torch.finfo(torch.bfloat16).eps / 2)
+    for a, b in zip(ours, _gradients(tersor.leff, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_reference_accumulates_half_types_in_float32() -> None:
     tensors = _inputs((1, 4, 5, 8, 32, 8), torch.bfloat16, "cpu")
     wide = [t.float() for t in tensors]
