@@ -39,11 +39,11 @@ wheel: .venv/native
 clean:
 	rm -rf build dist *.egg-info pyops/*.so pyops/_build.json
 
-# torch comes first and alone, so that no other requirement picks its version.
+# torch comes first and alone, so that no other requirement picks its version. The C++ is built once, in the next rule.
 .venv/ready: constraints.txt pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch setuptools wheel pybind11
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	TERSOR_NATIVE=0 $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
 .venv/native: .venv/ready $(SOURCES)
