@@ -6,6 +6,7 @@ norms folded where that is exact (:func:`tersor.fold_norms_`); `tersor_unfolded`
 
 import copy
 import functools
+import itertools
 
 import settings
 import torch
@@ -43,6 +44,8 @@ def prepare_training(build, inputs, dtype, direction):
     x = inputs[0].detach().requires_grad_()
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(settings.SEED)).to(x)
     names = ["input", *(name.removeprefix("_orig_mod.") for name, _ in network.named_parameters())]
+    # A norm takes a constant away again: what is left of these gradients is rounding.
+    compared = [not name.endswith(("mlp.conv.5.bias", "mlp.conv.6.bias")) for name in names]
     leaves = [x, *network.parameters()]
     start = copy.deepcopy(network.state_dict())
 
@@ -53,7 +56,8 @@ def prepare_training(build, inputs, dtype, direction):
         network.load_state_dict(start)
         output = network(x)
         gradients = torch.autograd.grad(output, leaves, weights)
-        return {"output": output.detach()} | {f"gradient {n}": g for n, g in zip(names, gradients, strict=True)}
+        given = itertools.compress(zip(names, gradients, strict=True), compared)
+        return {"output": output.detach()} | {f"gradient {name}": gradient for name, gradient in given}
 
     return Prepared(step, results, lambda: network(x))
 
@@ -73,8 +77,8 @@ BLOCK = Suite(
     ],
     operators=OPERATORS,
     targets=[Target("ladder_block/*/float32/training_step", "eager", 2)],
-    # Some gradients are zero but for rounding: those of biases in front of a norm, and of the keys' biases.
-    tolerance=lambda dtype, name: 1e-3 if "gradient" in name else 1e-4,
+    # Norms and their gradients divide by spreads: sums of 6272 tokens in float32 against float64.
+    tolerance=lambda dtype, name: 1e-4,
 )
 
 bench_ladder_block = benchmark(BLOCK)
@@ -119,7 +123,7 @@ def prepare_inference(build, inputs, dtype, direction):
 
 MODEL = Suite(
     operator="pslt_base",
-    sizes={f"224_b{batch}": (batch, 224, 1000) for batch in BATCHES},
+    sizes={f"224_b{batch}": (batch, 224, 1000) for batch in BATCHES[:1]},
     small=(1, 224, 10),
     directions=["forward"],
     make_inputs=make_images,
