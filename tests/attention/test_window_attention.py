@@ -17,9 +17,9 @@ from tersor.models.eager_attention import window_attention_partition, window_att
 
 OPERATORS = ("window_attention_forward", "window_attention_backward")
 WINDOW, SHIFT = (2, 3), (1, -2)
-# (B, H, W, heads, head_dim): plain (no two sizes alike, or a dynamic graph ties them together); another size of map;
-# one window; a single head and channel; a wide and deep one.
-SIZES = [(2, 4, 6, 3, 5), (2, 8, 9, 3, 5), (1, 2, 3, 1, 8), (3, 4, 3, 2, 1), (1, 6, 15, 3, 24)]
+# (B, H, W, heads, head_dim): plain (no two sizes alike, or a dynamic graph ties them together); another size of map, of
+# few windows, as each takes Triton's interpreter 0.1 s; one window; a single head and channel; a wide and deep one.
+SIZES = [(2, 4, 6, 3, 5), (2, 2, 9, 3, 5), (1, 2, 3, 1, 8), (3, 4, 3, 2, 1), (1, 6, 15, 3, 24)]
 OPTIONS = ([*WINDOW], [*SHIFT], -100.0, 0.5)
 
 

@@ -29,9 +29,9 @@ CASES = [
     ((2, 2, 3, 2, 1), (1, 1), (0, 0), None, [3]),
     ((1, 3, 5, 1, 33), (3, 5), (0, 0), None, [2, 1]),
     ((0, 4, 4, 2, 8), (2, 2), (1, 1), None, [3]),
-    # Windows that do not fit a block: 81 and 40 places, blocks of 64 and, for the wide vectors, 16.
+    # Windows that do not fit a block: 81 and 20 places, blocks of 64 and, for the wide vectors, 16.
     ((1, 9, 9, 1, 8), (9, 9), (4, -3), "tokens", [1, 2]),
-    ((1, 5, 16, 1, 130), (5, 8), (-2, 3), "pairs", [3]),
+    ((1, 4, 10, 1, 65), (4, 5), (-2, 3), "pairs", [3]),
 ]
 SHIFT, MASK_VALUE, SCALE = (1, -1), -3.0, 0.4
 NAMES = ("output", "logsumexp", "grad_qkv", "grad_position_bias")
@@ -107,7 +107,7 @@ def check(*inputs, packs=(3,), tolerance=1e-5):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_agrees_with_float64_reference(case):
     size, window, shift, mask, packs = case
-    check(*make(size, window, mask), window, shift, MASK_VALUE, SCALE, packs=packs)
+    check(*make(size, window, mask), window, shift, MASK_VALUE, size[4] ** -0.5, packs=packs)
 
 
 @pytest.mark.parametrize("window", [(2, 3), (5, 4)], ids=str)
@@ -229,7 +229,8 @@ def test_non_finite_values_go_where_torch_sends_them(which, value, window, monke
     inputs[index][(0, 1, 2, 0, 1) if index < 4 else (3, 0)] = value
     arguments = (*inputs, None, window, (0, 0), MASK_VALUE, SCALE)
     ours = run_triton(*arguments)
-    assert not all(result.isfinite().all() for result in ours)
+    if (which, value) != ("position_bias", float("-inf")):  # which is a weight of 0
+        assert not all(result.isfinite().all() for result in ours)
     for name, result, exact in zip(NAMES, ours, run_reference(*arguments), strict=True):
         assert torch.equal(result.isnan(), exact.isnan()), name
         assert torch.equal(result[result.isinf()].double(), exact[exact.isinf()]), name

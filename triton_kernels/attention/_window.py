@@ -128,7 +128,7 @@ def bias(
 @triton.jit
 def logits(
     left, right, scale, pairs, image, window, query, key, left_flags, right_flags, sizes, masks,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Those of ``left`` (queries or keys) and ``right`` (the others); ``query`` and ``key`` are their places."""
     result = tl.dot(left, tl.trans(right), input_precision="ieee") * (scale * LOG2E) + pairs
@@ -140,8 +140,11 @@ def logits(
     if MASK == "pairs":
         within = window % (sizes[0] // WINDOW_H * (sizes[1] // WINDOW_W))
         first = masks[0] + image * masks[1] + within.to(tl.int64) * masks[2]
-        place = query.to(tl.int64) * masks[3] + key.to(tl.int64) * masks[4]
         present = (query < WINDOW_H * WINDOW_W) & (key < WINDOW_H * WINDOW_W)
+        if WIDE:
+            query = query.to(tl.int64)
+            key = key.to(tl.int64)
+        place = query * masks[3] + key * masks[4]
         result += tl.where(tl.load(first + place, mask=present, other=0) != 0, value, 0.0)
     return result
 

@@ -1,8 +1,9 @@
-"""Window attention where a window does not fit a block: loops over blocks of its keys, or of its queries.
+"""Window attention where a window does not fit a block: a program owns a block of it and loops over its other places.
 
 Forward with a running maximum. Backward in three launches: the query's gradient, which needs two rounds over the keys,
 the first for the sum of the weights' gradients; those of key and value; that of the bias. Each reads query, key, value
-and grad_output again, the neighbouring blocks' from L2 as a rule, so that 17u move of the 7u that must.
+and grad_output, what other blocks have read from L2 as a rule: 15u move of the 7u that must. The bias of all pairs is
+looked up in every step, whose 64 x 32 pairs leave the registers for that.
 """
 
 # A jitted function annotates its constants only.
@@ -73,7 +74,7 @@ def forward_kernel(
         pairs = bias(table, table_r, table_h, head, a[:, None], b[None, :], first, WINDOW_H, WINDOW_W, SLICE)
         scores = logits(
             q, k, scale, pairs, image, window, a[:, None], b[None, :], flags, others, sizes, masks,
-            WINDOW_H, WINDOW_W, SHIFTED, MASK,
+            WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE,
         )  # fmt: skip
         # NaN may leave the maximum alone: it comes back in the total.
         largest = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -135,7 +136,7 @@ def grad_query_kernel(
         pairs = bias(table, table_r, table_h, head, a[:, None], b[None, :], first, WINDOW_H, WINDOW_W, SLICE)
         scores = logits(
             q, k, scale, pairs, image, window, a[:, None], b[None, :], flags, others, sizes, masks,
-            WINDOW_H, WINDOW_W, SHIFTED, MASK,
+            WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE,
         )  # fmt: skip
         weights = tl.exp2(scores - lse[:, None])
         grad_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
@@ -152,7 +153,7 @@ def grad_query_kernel(
 @triton.jit
 def _pairs_of(
     q, k, v, g, lse, delta, scale, pairs, image, window, a, b, flags, others, sizes, masks,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Weights and gradients of logits, ``[KEYS, QUERIES]``, of the queries ``a`` and the keys ``b``.
 
@@ -160,7 +161,7 @@ def _pairs_of(
     """
     scores = logits(
         k, q, scale, pairs, image, window, a[None, :], b[:, None], others, flags, sizes, masks,
-        WINDOW_H, WINDOW_W, SHIFTED, MASK,
+        WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE,
     )  # fmt: skip
     present = (a < WINDOW_H * WINDOW_W)[None, :]
     weights = tl.where(present, tl.exp2(scores - lse[None, :]), 0.0)
@@ -210,7 +211,7 @@ def grad_key_value_kernel(
         pairs = bias(table, table_r, table_h, head, a[None, :], b[:, None], first, WINDOW_H, WINDOW_W, SLICE)
         weights, grad_logits = _pairs_of(
             q, k, v, g, lse, dot, scale, pairs, image, window, a, b, flags, others, sizes, masks,
-            WINDOW_H, WINDOW_W, SHIFTED, MASK,
+            WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE,
         )  # fmt: skip
         grad_v += tl.dot(weights.to(g.dtype), g, input_precision="ieee")
         grad_k += tl.dot(grad_logits.to(q.dtype), q, input_precision="ieee")
@@ -266,7 +267,7 @@ def grad_bias_kernel(
         dot = tl.gather(dot, tl.arange(0, STEP), 0)
         _, grad_logits = _pairs_of(
             q, k, v, g, lse, dot, scale, pairs, image, window, a, b, flags, others, sizes, masks,
-            WINDOW_H, WINDOW_W, SHIFTED, MASK,
+            WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE,
         )  # fmt: skip
         sums += grad_logits
     own = partials + tl.program_id(0).to(tl.int64) * SLICE

@@ -16,9 +16,10 @@ backward   query, key, value, grad_output (4u),    grad_qkv (3u)                
 =========  ======================================  ===========================  =======
 
 Both move just these, and a mask where there is one. With a bias each program of the backward writes the gradient of one
-head's table, SLICE float32 for up to MOST windows of 7u / B / windows each, and a last launch reads them: under 1 %.
+head's table and a last launch reads them: at 7 x 7 and head_dim 32 in half precision 2 KiB for the 21 KiB of a window,
+shared by up to MOST windows where there are many. The backward reads a window's keys twice, from L2 the second time.
 
-A window that does not fit a block goes through the kernels of ``_window_blocks.py``, which read it more than once.
+A window that does not fit a block goes through the kernels of ``_window_blocks.py``.
 """
 
 # A jitted function annotates its constants only.
@@ -101,7 +102,7 @@ def _forward_kernel(
         v = load(rows(value, image, head, y, x, value_b, value_y, value_x, value_h, d, VECTOR), present, d, HEAD_DIM)
         scores = logits(
             q, k, scale, pairs, image, window, a[:, None], a[None, :], flags, flags, sizes, masks,
-            WINDOW_H, WINDOW_W, SHIFTED, MASK,
+            WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE,
         )  # fmt: skip
         # NaN and inf need no care: any of them makes a total NaN, as it does torch's softmax.
         maximum = tl.max(scores, axis=1)
@@ -153,7 +154,7 @@ def _backward_kernel(
         lse = tl.load(statistics(logsumexp, image, head, y, x, sizes), mask=present, other=0.0) * LOG2E
         scores = logits(
             k, q, scale, pairs, image, window, a[None, :], a[:, None], flags, flags, sizes, masks,
-            WINDOW_H, WINDOW_W, SHIFTED, MASK,
+            WINDOW_H, WINDOW_W, SHIFTED, MASK, WIDE,
         )  # fmt: skip
         # There are no queries beyond the window: what a NaN or infinity makes of their zeros must not count.
         weights = tl.where(present[None, :], tl.exp2(scores - lse[None, :]), 0.0)
@@ -410,11 +411,12 @@ def _plan(
         masked = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
         masked += [1] * (4 - mask.dim())
         mask = mask.view(torch.uint8)
-    # The last place that an image's tokens can have; where it fits 32 bits, so do all offsets within an image.
+    # The last place in an image, or a window's mask; where these fit 32 bits, so do all offsets within one.
     spans = [3 * heads * head_dim * height * width]
     spans += [(height - 1) * y + (width - 1) * x for y, x in zip(strides[1::4], strides[2::4], strict=True)]
-    if mask is not None and mask.dim() == 3:
-        spans.append((height - 1) * masked[1] + (width - 1) * masked[2])
+    if mask is not None:
+        inner = (1, 2) if mask.dim() == 3 else (2, 3)
+        spans.append(sum((mask.shape[i] - 1) * masked[i] for i in inner))
     constants = _constants(window_size, head_dim, itemsize) | {
         "VECTOR": vector,
         "SHIFTED": any(shift),
