@@ -28,10 +28,25 @@ void add_columns(const Rows<A>& rows, int64_t count, int64_t channels, A* sums) 
   }
 }
 
-// The gradients of the taps and of their bias from a run of tokens.
+// A run's sums of tap gradients without the taps outside of the map.
 template <class A>
-void add_taps(const A* const rows[3], const A* gradient, int64_t count, int64_t chunk, A* taps, int64_t padded,
-              A* bias) {
+void sum_taps_inside(const Task& task, const A* const rows[3], int64_t y, int64_t x, const A* gradient, int64_t count,
+                     Vec<A> sum[9]) {
+  for (int64_t i = 0; i < 9; ++i) {
+    sum[i] = Vec<A>{};
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = y + i / 3 - 1, column = x + t + i % 3 - 1;
+      if (row < 0 || row >= task.height || column < 0 || column >= task.width) continue;
+      sum[i] = fma<A>(load(gradient + t * task.chunk), load(rows[i / 3] + (t + i % 3) * task.chunk), sum[i]);
+    }
+  }
+}
+
+// The gradients of the taps and of their bias from a run of tokens, from (y, x) on.
+template <class A>
+void add_taps(const Task& task, const A* const rows[3], int64_t y, int64_t x, const A* gradient, int64_t count,
+              A* taps, A* bias) {
+  const int64_t chunk = task.chunk, padded = task.padded_hidden();
   for (int64_t e = 0; e < chunk; e += Simd<A>::lanes) {
     Vec<A> sum[9], total{};
     for (int i = 0; i < 9; ++i) sum[i] = Vec<A>{};
@@ -45,6 +60,12 @@ void add_taps(const A* const rows[3], const A* gradient, int64_t count, int64_t 
         sum[6 + j] = fma<A>(g, load(bottom + j * chunk), sum[6 + j]);
       }
     }
+    Vec<A> all = total;
+    for (int i = 0; i < 9; ++i) all += sum[i];
+    if (__builtin_expect(to_bits<A>(all - all != A(0)) != 0, 0)) {  // NaN times the padding must count for nothing
+      const A* from_e[3] = {rows[0] + e, rows[1] + e, rows[2] + e};
+      sum_taps_inside<A>(task, from_e, y, x, gradient + e, count, sum);
+    }
     for (int i = 0; i < 9; ++i) store<A>(taps + i * padded + e, load(taps + i * padded + e) + sum[i]);
     store<A>(bias + e, load(bias + e) + total);
   }
@@ -56,7 +77,7 @@ void differentiate_outer(const Stream<A>& s, int64_t at, int64_t count, bool own
   constexpr int64_t lanes = Simd<A>::lanes;
   const Task& task = s.task;
   Workspace<A>& work = s.work;
-  const int64_t chunk = task.chunk, padded = task.padded_hidden();
+  const int64_t chunk = task.chunk;
   const Rows<A> g = tokens_of<T>(task, task.grad_output, s.image, at, count, task.outputs, work.grad);
   convolve_block(s, at, count, work.first);
   if (task.multiplies()) {
@@ -78,7 +99,7 @@ void differentiate_outer(const Stream<A>& s, int64_t at, int64_t count, bool own
     if (!sum) return;
     const A* rows[3];
     rows_around(task, work, work.active, y, x, rows);
-    add_taps<A>(rows, to, n, chunk, s.sums + place.taps + s.first, padded, s.sums + place.tap_bias + s.first);
+    add_taps<A>(task, rows, y, x, to, n, s.sums + place.taps + s.first, s.sums + place.tap_bias + s.first);
   });
   if (!sum) return;
   if (task.multiplies()) {
@@ -200,6 +221,7 @@ void backward_units(const Task& task, int64_t begin, int64_t end, char* memory) 
 // The blocks' sums at `where`, added up in order into the first block's.
 template <class A>
 void add_blocks(const Task& task, int64_t where, int64_t count) {
+  if (task.blocks == 1) return;
   const int64_t size = Sums(task).size;
   A* to = static_cast<A*>(task.sums) + where;
   for (int64_t i = 0; i < count; ++i) {

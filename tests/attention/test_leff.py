@@ -18,7 +18,7 @@ from tersor.models.eager_leff import leff_channels_last, leff_rearrange
 OPERATORS = ("leff_forward", "leff_backward")
 # (B, H, W, C, E, C_out): plain (no two sizes alike); another size of map; a single pixel and channel; more than one
 # chunk of hidden channels; whole vectors, and rows longer than a block of tokens.
-SIZES = [(2, 5, 7, 3, 10, 4), (2, 6, 9, 3, 10, 4), (3, 1, 1, 1, 2, 1), (2, 4, 3, 8, 150, 5), (1, 3, 70, 16, 32, 16)]
+SIZES = [(2, 4, 5, 6, 10, 7), (2, 7, 4, 6, 10, 7), (3, 1, 1, 1, 2, 1), (2, 4, 3, 8, 150, 5), (1, 3, 70, 16, 32, 16)]
 Size = tuple[int, ...]
 
 
@@ -54,7 +54,7 @@ def _raw_affine(name: str, size: Size, dtype: torch.dtype, device: str) -> tuple
 SUBJECTS = [
     Subject(tersor.leff, leff_rearrange, _inputs, (), OPERATORS, _raw, SIZES, alike=False, name="leff"),
     Subject(
-        tersor.leff, leff_channels_last, _affine_inputs, (), OPERATORS, _raw_affine, SIZES[:4], alike=False,
+        tersor.leff, leff_channels_last, _affine_inputs, (), OPERATORS, _raw_affine, SIZES[:2], alike=False,
         name="leff_affine",
     ),
 ]  # fmt: skip
@@ -192,13 +192,13 @@ def test_layer_matches_the_function() -> None:
 
 
 BAD_SHAPES = {
-    "input": (torch.zeros(5, 7, 3), r"input must be \(B, H, W, C\), got shape \(5, 7, 3\)"),
-    "weight1": (torch.zeros(10, 4), r"weight1 must be \(E, C\) with the 3 channels of input, got shape \(10, 4\)"),
+    "input": (torch.zeros(4, 5, 6), r"input must be \(B, H, W, C\), got shape \(4, 5, 6\)"),
+    "weight1": (torch.zeros(10, 4), r"weight1 must be \(E, C\) with the 6 channels of input, got shape \(10, 4\)"),
     "bias1": (torch.zeros(9), r"bias1 must be \(10,\), got shape \(9,\)"),
     "depthwise_weight": (torch.zeros(10, 1, 3, 5), r"depthwise_weight must be \(10, 1, 3, 3\), got shape"),
     "depthwise_bias": (torch.zeros(10, 1), r"depthwise_bias must be \(10,\), got shape"),
-    "weight2": (torch.zeros(4, 9), r"weight2 must be \(C_out, E\) with the 10 rows of weight1, got shape"),
-    "bias2": (torch.zeros(10), r"bias2 must be \(4,\), got shape"),
+    "weight2": (torch.zeros(7, 9), r"weight2 must be \(C_out, E\) with the 10 rows of weight1, got shape"),
+    "bias2": (torch.zeros(10), r"bias2 must be \(7,\), got shape"),
     "hidden_scale": (torch.zeros(1), r"hidden_scale must be \(10,\), got shape"),
 }
 

@@ -29,7 +29,8 @@ SPAN = 4  # tiles whose sums one program adds up
 SLAB_BYTES = 16 << 20  # of the hidden map; H100 and H200 have 50 MB of L2, an A100 40
 # Products are short and wait for the taps, which are in no pipeline: one stage.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-MIX_OPTIONS = OPTIONS | {"maxnreg": 160}  # the compiler's own limit, 128, spills in bfloat16 on sm_80
+# The compiler would rather spill 8 or 16 bytes than take more than 128 registers.
+MORE_OPTIONS = OPTIONS | {"maxnreg": 160}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Never specialised, so that other sizes of image do not compile anew.
@@ -161,17 +162,18 @@ def _outer_kernel(
     own = sums + tl.program_id(0).to(tl.int64) * 10 * HIDDEN + e
     which = tl.arange(0, 16)  # of the nine taps and the bias
     totals = tl.zeros([16, BLOCK_E], tl.float32)
-    for tile in range(TILES):
-        token = (tl.program_id(0) * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(0) * TILES * BLOCK_T
+    for begin in range(first, tl.minimum(tokens, first + TILES * BLOCK_T), BLOCK_T):
+        token = begin + tl.arange(0, BLOCK_T)
         present = token < tokens
         real = present[:, None] & (e < HIDDEN)[None, :]
+        grad = _product(grad_output, weight2, token, present, e, OUTPUTS, HIDDEN, False, BLOCK_C)
         value = _convolve(active, taps, token, present, e, height, width, HIDDEN, False)
         if TAP_BIAS:
             value += _load_vector(tap_bias, e, HIDDEN)[None, :]
         below, density = _normal(value)
         place = token.to(tl.int64)[:, None] * HIDDEN + e[None, :]
         tl.store(outer + place, (value * below).to(outer.dtype.element_ty), mask=real)
-        grad = _product(grad_output, weight2, token, present, e, OUTPUTS, HIDDEN, False, BLOCK_C)
         grad *= below + value * density
         tl.store(gradient + place, grad.to(gradient.dtype.element_ty), mask=real)
         # A tile may end before it is full: what a NaN of the bias makes of nothing must not count.
@@ -181,7 +183,7 @@ def _outer_kernel(
         for tap in range(9):
             inside = _inside(y, x, height, width, tap // 3, tap % 3)
             neighbour = _tap(active, token, inside, e, width, tap // 3, tap % 3, HIDDEN)
-            total = tl.sum(grad * neighbour, axis=0)
+            total = tl.sum(tl.where(inside[:, None], grad * neighbour, 0.0), axis=0)
             totals += tl.where((which == tap)[:, None], total[None, :], 0.0)
         totals += tl.where((which == 9)[:, None], tl.sum(grad, axis=0)[None, :], 0.0)
     place = own[None, :] + which[:, None] * HIDDEN
@@ -199,14 +201,15 @@ def _inner_kernel(
     bias_total = tl.zeros([BLOCK_E], tl.float32)
     scale_total = tl.zeros([BLOCK_E], tl.float32)
     shift_total = tl.zeros([BLOCK_E], tl.float32)
-    for tile in range(TILES):
-        token = (tl.program_id(0) * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(0) * TILES * BLOCK_T
+    for begin in range(first, tl.minimum(tokens, first + TILES * BLOCK_T), BLOCK_T):
+        token = begin + tl.arange(0, BLOCK_T)
         present = token < tokens
+        grad = _convolve(gradient, taps, token, present, e, height, width, HIDDEN, True)
         value = _product(input, weight1, token, present, e, CHANNELS, HIDDEN, True, BLOCK_C)
         if BIAS:
             value += _load_vector(bias1, e, HIDDEN)[None, :]
         below, density = _normal(value)
-        grad = _convolve(gradient, taps, token, present, e, height, width, HIDDEN, True)
         if AFFINE:
             shift_total += tl.sum(tl.where(present[:, None], grad, 0.0), axis=0)
             scale_total += tl.sum(tl.where(present[:, None], grad * value * below, 0.0), axis=0)
@@ -393,7 +396,7 @@ def _activate(
 
 
 def _options(kernel: Any) -> dict[str, Any]:
-    return MIX_OPTIONS if kernel is _mix_kernel else OPTIONS
+    return OPTIONS if kernel is _activate_kernel else MORE_OPTIONS
 
 
 def _launch(kernel: Any, grid: tuple[int, int], constants: dict[str, Any], first: Tensor, *arguments: Any) -> None:
