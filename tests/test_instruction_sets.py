@@ -40,7 +40,7 @@ def test_every_level_is_right(subject, level: str) -> None:
             if subject.quantizer:
                 check_quantizer(subject, tensors)
                 continue
-            exact = gradients(subject.exact, subject.widened(tensors))
+            exact = gradients(subject.exact, subject.widened(tensors), dtype)
             for wanted, given in zip(exact, gradients(subject, clones(tensors)), strict=True):
                 error = (given.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1)
                 assert error <= tolerance, f"{dtype} {size}"
