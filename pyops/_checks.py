@@ -11,6 +11,11 @@ import torch
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of that dtype are computed in: float64 for itself, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def as_int(where: str, **argument: Any) -> int:
     """The one named argument as an int; bool and float are refused."""
     ((name, value),) = argument.items()

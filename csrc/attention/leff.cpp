@@ -9,14 +9,13 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "arena.h"
 #include "attention/leff.h"
+#include "memory.h"
 
 #define TERSOR_BODY "attention/leff_kernels.h"
 #include "foreach_isa.h"
@@ -28,21 +27,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(int64_t bytes) {
-  bytes = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
-  Memory memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
-  if (!memory) throw std::bad_alloc();
-#ifdef TERSOR_POISON
-  std::memset(memory.get(), 0xff, bytes);  // NaN in every type
-#endif
-  return memory;
-}
 
 // The tensors of a call, each as it is used; what they hold lives as long as this.
 struct Call {

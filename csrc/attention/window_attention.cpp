@@ -8,13 +8,12 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "arena.h"
 #include "attention/window_attention.h"
+#include "memory.h"
 
 #define TERSOR_BODY "attention/window_attention_kernels.h"
 #include "foreach_isa.h"
@@ -31,20 +30,6 @@ constexpr int64_t MOST_TOKENS = int64_t{1} << 20;   // of a window: far beyond u
 // Windows whose bias gradients are summed by one thread: enough blocks for many threads, and few tables to add up.
 constexpr int64_t MOST_BLOCKS = 32;
 constexpr int64_t GRAIN = 4;  // windows of a head: about 20 us
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(int64_t bytes) {
-  Memory memory(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-  if (!memory) throw std::bad_alloc();
-#ifdef TERSOR_POISON
-  std::memset(memory.get(), 0xff, bytes);  // NaN in every type
-#endif
-  return memory;
-}
 
 View view_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};

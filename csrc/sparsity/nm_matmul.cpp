@@ -16,11 +16,11 @@ constexpr int64_t FEW = 8;  // columns up to which the weight is read along its 
 
 // The columns in float32, side by side.
 template <class T>
-const float* widened(const T* input, int64_t count, std::unique_ptr<char, Free>& memory) {
+const float* widened(const T* input, int64_t count, Memory& memory) {
   if constexpr (std::is_same_v<T, float>) {
     return input;
   } else {
-    memory = scratch_memory(count * sizeof(float));
+    memory = allocate(count * sizeof(float));
     float* const to = reinterpret_cast<float*>(memory.get());
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(input[i]);
     return to;
@@ -32,7 +32,7 @@ void run(Task& task) {
   if (std::is_same_v<T, BFloat16> && run_tiles(task, TERSOR_FOR_ISA(tile_kernels)(), FEW_FOR_TILES)) return;
   if (run_lone(task, TERSOR_FOR_ISA(lone_kernels<T>)())) return;
   if (task.columns <= FEW) {
-    std::unique_ptr<char, Free> memory;
+    Memory memory;
     const float* const columns = widened(static_cast<const T*>(task.input), task.columns * task.row(), memory);
     const auto multiply = TERSOR_FOR_ISA(multiply_vectors<T>);
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, task.kept() * task.columns));

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "sparsity/nm_places.h"
 
 namespace tersor::nm_product {
@@ -22,19 +23,6 @@ namespace {
 constexpr int64_t TILE_BYTES = 24 << 10;  // of the transposed input: half of an L1 cache of 48 KiB
 constexpr int64_t MOST_TILE = 768;        // columns of a unit with matrix tiles
 constexpr int64_t SUMS = 256 << 10;       // of a unit: 1 MiB, half of an L2 cache
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-inline std::unique_ptr<char, Free> scratch_memory(int64_t bytes) {
-  std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-  if (!memory) throw std::bad_alloc();
-#ifdef TERSOR_POISON
-  std::memset(memory.get(), 0xff, bytes);
-#endif
-  return memory;
-}
 
 inline Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(name == "none" || name == "relu" || name == "gelu", "activation must be none, relu or gelu");
@@ -91,7 +79,7 @@ inline void run_units(const Task& task, void (*do_unit)(const Task&, const Unit&
   const int64_t size = round_up((task.outputs + parts - 1) / parts, 16), bytes = scratch(task, size);
   parts = (task.outputs + size - 1) / size;
   torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
-    const auto memory = scratch_memory(bytes);
+    const auto memory = allocate(bytes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / tiles, tile = i % tiles / task.groups;
       const Unit unit{i % task.groups, tile * task.tile, std::min(task.columns, (tile + 1) * task.tile),

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor._checks import as_int, check_floating, check_same
+from tersor._batching import fold, unfold
+from tersor._checks import accumulate_dtype, as_int, check_floating, check_same
 from tersor._operator import autocast_tensors, call_function, operator
 
 
@@ -193,15 +194,11 @@ def _taps(padded: Tensor, kernel_size: int, dilation: int, height: int, width: i
     return torch.stack([padded[:, y : y + height, x : x + width] for y in offsets for x in offsets])
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: int, dilation: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     height, width = query.shape[1:3]
-    exact = _accumulate_dtype(query.dtype)
+    exact = accumulate_dtype(query.dtype)
     outputs, logsumexps = [], []
     groups = (tensor.to(exact).chunk(len(dilation), dim=3) for tensor in (query, key, value))
     for q, k, v, d in zip(*groups, dilation, strict=True):
@@ -227,7 +224,7 @@ def _reference_backward(
     scale: float,
 ) -> Tensor:
     height, width = query.shape[1:3]
-    exact = _accumulate_dtype(query.dtype)
+    exact = accumulate_dtype(query.dtype)
     gradients = []
     groups = (t.to(exact).chunk(len(dilation), dim=3) for t in (query, key, value, grad_output, output))
     lse = logsumexp.permute(0, 2, 3, 1).chunk(len(dilation), dim=3)
@@ -258,7 +255,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     batch, height, width, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(
-        (batch, heads, height, width), dtype=_accumulate_dtype(query.dtype)
+        (batch, heads, height, width), dtype=accumulate_dtype(query.dtype)
     )
 
 
@@ -266,30 +263,20 @@ def _fake_backward(grad_output: Tensor, query: Tensor, *args: Any) -> Tensor:
     return query.new_empty((*query.shape[:3], 3, *query.shape[3:]))
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """The mapped dimension moved to the front and merged into the batch."""
-    tensor = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.flatten(0, 1)
-
-
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    tensors = [_fold(a, d, info.batch_size) for a, d in zip(args[:3], in_dims[:3], strict=True)]
+    tensors = [fold(a, d, info.batch_size) for a, d in zip(args[:3], in_dims[:3], strict=True)]
     output, logsumexp = _DilatedAttention.apply(*tensors, *args[3:])
-    return (_unfold(output, info), _unfold(logsumexp, info)), (0, 0)
+    return (unfold(output, info), unfold(logsumexp, info)), (0, 0)
 
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-    tensors = [_fold(a, d, info.batch_size) for a, d in zip(args[:6], in_dims[:6], strict=True)]
-    return _unfold(_backward.overload(*tensors, *args[6:]), info), 0
+    tensors = [fold(a, d, info.batch_size) for a, d in zip(args[:6], in_dims[:6], strict=True)]
+    return unfold(_backward.overload(*tensors, *args[6:]), info), 0
 
 
 def _vmap_packed(info: Any, in_dims: Any, qkv: Tensor, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    output, logsumexp = _DilatedAttentionPacked.apply(_fold(qkv, in_dims[0], info.batch_size), *args)
-    return (_unfold(output, info), _unfold(logsumexp, info)), (0, 0)
-
-
-def _unfold(tensor: Tensor, info: Any) -> Tensor:
-    return tensor.unflatten(0, (info.batch_size, -1))
+    output, logsumexp = _DilatedAttentionPacked.apply(fold(qkv, in_dims[0], info.batch_size), *args)
+    return (unfold(output, info), unfold(logsumexp, info)), (0, 0)
 
 
 class _DilatedAttention(torch.autograd.Function):

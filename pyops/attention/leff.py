@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor._checks import as_int, check_floating
+from tersor._batching import fold, one_by_one, unfold
+from tersor._checks import accumulate_dtype, as_int, check_floating
 from tersor._operator import autocast_tensors, call_function, operator
 
 
@@ -149,12 +150,8 @@ def _check_shapes(name: str, given: dict[str, Tensor]) -> None:
         raise ValueError(f"{name}: hidden_{other} must be given where hidden_{one} is, got None")
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _widen(tensors: Sequence[Tensor | None]) -> list[Any]:
-    return [None if t is None else t.to(_accumulate_dtype(t.dtype)) for t in tensors]
+    return [None if t is None else t.to(accumulate_dtype(t.dtype)) for t in tensors]
 
 
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -240,30 +237,19 @@ def _fake_backward(grad_output: Tensor, input: Tensor, *args: Any) -> tuple[Tens
     return tuple(input.new_empty(0 if t is None else t.shape) for t in wanted)
 
 
-def _each(function: Any, info: Any, in_dims: Any, args: Sequence[Any]) -> tuple[Any, Any]:
-    """One call per sample: its parameters, or their gradients, are its own."""
-    calls = []
-    for i in range(info.batch_size):
-        mine = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
-        calls.append(function(*mine))
-    if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    return tuple(torch.stack(t) for t in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     if any(isinstance(d, int) for d in in_dims[1:]):
-        return _each(_Leff.apply, info, in_dims, args)
-    folded = args[0].movedim(in_dims[0], 0).flatten(0, 1)
-    return _Leff.apply(folded, *args[1:]).unflatten(0, (info.batch_size, -1)), 0
+        return one_by_one(_Leff.apply, info, in_dims, args)
+    folded = fold(args[0], in_dims[0], info.batch_size)
+    return unfold(_Leff.apply(folded, *args[1:]), info), 0
 
 
 def _vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    return _each(_forward.overload, info, in_dims, args)
+    return one_by_one(_forward.overload, info, in_dims, args)
 
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    return _each(_backward.overload, info, in_dims, args)
+    return one_by_one(_backward.overload, info, in_dims, args)
 
 
 class _Leff(torch.autograd.Function):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor._checks import as_int, check_floating, check_pair, check_same
+from tersor._batching import fold, one_by_one, unfold
+from tersor._checks import accumulate_dtype, as_int, check_floating, check_pair, check_same
 from tersor._operator import autocast_tensors, call_function, operator
 
 
@@ -335,10 +336,6 @@ def _logits(
     return logits + added
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _reference(
     query: Tensor,
     key: Tensor,
@@ -351,7 +348,7 @@ def _reference(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     height, width = query.shape[1:3]
-    exact = _accumulate_dtype(query.dtype)
+    exact = accumulate_dtype(query.dtype)
     q, k, v = (_partition(t.to(exact), window_size, shift).transpose(2, 3) for t in (query, key, value))
     added = _added(query, mask, window_size, shift, mask_value)
     logits = _logits(q, k, position_bias, added, window_size, scale)
@@ -377,7 +374,7 @@ def _reference_backward(
     packs: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     height, width = query.shape[1:3]
-    exact = _accumulate_dtype(query.dtype)
+    exact = accumulate_dtype(query.dtype)
     tensors = (grad_output, query, key, value)
     g, q, k, v = (_partition(t.to(exact), window_size, shift).transpose(2, 3) for t in tensors)
     lse = _partition(logsumexp.permute(0, 2, 3, 1), window_size, shift).transpose(2, 3)
@@ -403,7 +400,7 @@ def _reference_backward(
 def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     batch, height, width, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(
-        (batch, heads, height, width), dtype=_accumulate_dtype(query.dtype)
+        (batch, heads, height, width), dtype=accumulate_dtype(query.dtype)
     )
 
 
@@ -414,45 +411,23 @@ def _fake_backward(
     return query.new_empty(3 * query.numel()), table
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The mapped dimension moved to the front and merged into the batch."""
-    if tensor is None:
-        return None
-    tensor = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.flatten(0, 1)
-
-
-def _each(function: Any, info: Any, in_dims: Any, args: Sequence[Any]) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """One call per sample, where a folded batch would share what the samples do not."""
-    calls = []
-    for i in range(info.batch_size):
-        mine = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
-        calls.append(function(*mine))
-    first, second = zip(*calls, strict=True)
-    return (torch.stack(first), torch.stack(second)), (0, 0)
-
-
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     if in_dims[3] is not None or in_dims[4] is not None:
-        return _each(_WindowAttention.apply, info, in_dims, args)
-    tensors = [_fold(t, d, info.batch_size) for t, d in zip(args[:3], in_dims[:3], strict=True)]
+        return one_by_one(_WindowAttention.apply, info, in_dims, args)
+    tensors = [None if t is None else fold(t, d, info.batch_size) for t, d in zip(args[:3], in_dims[:3], strict=True)]
     mask = args[4]
     if mask is not None and mask.shape[0] > 1:
-        mask = _fold(mask, None, info.batch_size)
+        mask = fold(mask, None, info.batch_size)
     output, logsumexp = _WindowAttention.apply(*tensors, args[3], mask, *args[5:])
-    return (_unfold(output, info), _unfold(logsumexp, info)), (0, 0)
-
-
-def _unfold(tensor: Tensor, info: Any) -> Tensor:
-    return tensor.unflatten(0, (info.batch_size, -1))
+    return (unfold(output, info), unfold(logsumexp, info)), (0, 0)
 
 
 def _vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    return _each(_forward.overload, info, in_dims, args)
+    return one_by_one(_forward.overload, info, in_dims, args)
 
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    return _each(_backward.overload, info, in_dims, args)
+    return one_by_one(_backward.overload, info, in_dims, args)
 
 
 class _WindowAttention(torch.autograd.Function):
