@@ -347,7 +347,7 @@ def test_sgd(shape, dtype, on_triton):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_adamw(shape, dtype, on_triton):
-    """The moments bit for bit; torch's square root on the CPU is not rounded to nearest (23 of 4200)."""
+    """The moments bit for bit; torch's square root on some CPUs is not rounded to nearest: one more ulp of the step."""
     for share, maximize, number in ((0.0, False, 1), (0.5, True, 10), (1.0, False, 3)):
         frozen = random_mask(shape, share)
         given = tensors(4, shape, dtype, frozen)
@@ -361,7 +361,8 @@ def test_adamw(shape, dtype, on_triton):
         still = unpack_mask(frozen, shape)
         assert torch.equal(pairs[0][0][still], given[0][still])
         ours, theirs = (t[~still] for t in pairs[0])
-        assert ((ours - theirs).abs() <= torch.finfo(dtype).eps * theirs.abs()).all()
+        taken = (theirs - given[0][~still]).abs()
+        assert ((ours - theirs).abs() <= torch.finfo(dtype).eps * (theirs.abs() + 2 * taken)).all()
 
 
 @interpreted
