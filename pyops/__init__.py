@@ -46,6 +46,21 @@ from tersor.quantization import (
     weight_fake_quantize,
 )
 from tersor.sparsity import NMConv2d, NMLinear, NMSchedule, nm_conv2d, nm_linear, nm_sparsify, srste_sparsify
+from tersor.tokens import (
+    bucket_size,
+    class_attention,
+    class_attention_ema,
+    class_attention_qkvpacked,
+    class_scores,
+    compact_unsure,
+    gather_patches,
+    gather_tokens,
+    prune_tokens,
+    rank_tokens,
+    resize_align_corners,
+    resplit_index,
+    resplit_tokens,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -69,6 +84,12 @@ __all__ = [
     "WeightFakeQuantize",
     "WindowAttention",
     "backends",
+    "bucket_size",
+    "class_attention",
+    "class_attention_ema",
+    "class_attention_qkvpacked",
+    "class_scores",
+    "compact_unsure",
     "dilated_attention",
     "dilated_attention_qkvpacked",
     "dynamic_gate",
@@ -81,6 +102,8 @@ __all__ = [
     "fold_norms_",
     "frozen_conv2d",
     "frozen_linear",
+    "gather_patches",
+    "gather_tokens",
     "leff",
     "lts_quantize",
     "nm_conv2d",
@@ -88,6 +111,11 @@ __all__ = [
     "nm_sparsify",
     "percentile_bounds",
     "pixel_adaptive_fusion",
+    "prune_tokens",
+    "rank_tokens",
+    "resize_align_corners",
+    "resplit_index",
+    "resplit_tokens",
     "srste_sparsify",
     "use_backend",
     "weight_fake_quantize",
