@@ -28,14 +28,14 @@ def resplit_tokens(
 ) -> tuple[Tensor, Tensor]:
     r"""The fine pass's sequence: class token, the finer tokens of the k best coarse ones, the other coarse tokens.
 
-    With N coarse tokens on a square grid of side g, :math:`k = \lceil \alpha N \rceil` and coarse tokens ranked by score
+    With N coarse tokens on a square grid of side g, :math:`k = \lceil \alpha N \rceil` and the tokens ranked by score
     (stable, highest first; :func:`rank_tokens`), the token of rank j < k becomes four, at rows
     :math:`1 + j,\ 1 + k + j,\ 1 + 2k + j,\ 1 + 3k + j` for its top left, top right, bottom left and bottom right child:
 
     .. math:: \mathrm{fine}[f] + \mathrm{reuse}[i] + \mathrm{position}[1 + f],
         \quad f = 4i - 2 (i \bmod g) + 2g\,\delta_r + \delta_c
 
-    Row 0 is ``cls + position[0]``. The coarse tokens that are left follow at :math:`1 + 4k`, in the order of their rank.
+    Row 0 is ``cls + position[0]``. The coarse tokens that are left follow at :math:`1 + 4k`, in the order of rank.
 
     Args:
         scores: ``(B, N)``, any floating dtype; N a square number. None if ``order`` is given. It gets no gradient.
@@ -159,16 +159,13 @@ def _check_shapes(name: str, given: dict[str, Tensor], alpha: float, selected: b
     _side(name, count)
     _check_alpha(name, alpha)
     parents = split_count(count, alpha) if selected else count
+    first = given["cls"].shape[0] if given["cls"].dim() == 3 and given["cls"].shape[0] == batch else 1
     expected = {
         "coarse": tuple(coarse.shape),
         "fine_patches": (batch, 4 * parents, channels),
         "reuse": (batch, parents, channels),
         "position": (1, 1 + 4 * count, channels),
-        "cls": (
-            given["cls"].shape[0] if given["cls"].dim() == 3 and given["cls"].shape[0] == batch else 1,
-            1,
-            channels,
-        ),
+        "cls": (first, 1, channels),
     }
     for key, tensor in given.items():
         if tuple(tensor.shape) != expected[key]:
