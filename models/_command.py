@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -10,13 +11,16 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import tersor
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PHOTOGRAPHS = {  # what their commands need: import name and distribution
     "matplotlib": "matplotlib",
@@ -89,6 +93,54 @@ def folder(text: str) -> Path:
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a file, not a folder")
     return path
+
+
+def device(text: str) -> str:
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return str(found)
+
+
+@contextlib.contextmanager
+def training_bar(
+    console: Console, title: str, epochs: int, iterations: int
+) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar; what it yields is called with the epoch's number, the steps of it that are done, and a note."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("[bold]{task.description:<19}"),
+        BarColumn(),
+        TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}  {task.fields[note]:<30}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=epochs * iterations, epoch=0, epochs=epochs, note="")
+
+        def show(epoch: int, steps: int, note: str) -> None:
+            bar.update(task, completed=epoch * iterations + steps, epoch=min(epoch + 1, epochs), note=note)
+
+        yield show
+
+
+def print_table(console: Console, title: str, rows: Sequence[Sequence[str]], caption: str) -> None:
+    """The first row is the header."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    table.caption, table.caption_justify = caption, "left"
+    console.print(table)
 
 
 def about() -> dict[str, str]:

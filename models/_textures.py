@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import skimage.color
@@ -43,19 +44,19 @@ class Picture:
     test: tuple[tuple[int, int], ...]
 
 
-@functools.lru_cache(maxsize=1)
-def pictures() -> tuple[Picture, ...]:
-    """In the order of ``NAMES``; always the same."""
+@functools.lru_cache(maxsize=2)
+def pictures(cell: int = CELL) -> tuple[Picture, ...]:
+    """In the order of ``NAMES``, with cells of so many pixels; always the same."""
     found = []
     for name in NAMES:
         values = load_sample_images().images[0] if name == "china" else getattr(skimage.data, name)()
         if values.ndim == 3:
             values = skimage.color.rgb2gray(values) * PEAK
         grey = torch.from_numpy(np.ascontiguousarray(values)).float()
-        cells = [(row, column) for row in range(grey.shape[0] // CELL) for column in range(grey.shape[1] // CELL)]
-        test = [cell for cell in cells if (cell[0] + 2 * cell[1]) % 5 == 0]
-        train = [cell for cell in cells if cell not in test]
-        corners = [tuple((row * CELL, column * CELL) for row, column in part) for part in (train, test)]
+        cells = [(row, column) for row in range(grey.shape[0] // cell) for column in range(grey.shape[1] // cell)]
+        test = [at for at in cells if (at[0] + 2 * at[1]) % 5 == 0]
+        train = [at for at in cells if at not in test]
+        corners = [tuple((row * cell, column * cell) for row, column in part) for part in (train, test)]
         found.append(Picture(grey, *corners))
     return tuple(found)
 
@@ -79,19 +80,31 @@ def test_set(per_class: int) -> tuple[Tensor, Tensor]:
 
 
 def _cut(picture: Picture, train: bool, generator: torch.Generator) -> Tensor:
-    corners = picture.train if train else picture.test
+    patch = cut(picture.values, picture.train if train else picture.test, CELL, PATCH, generator)
+    return turned(patch, generator) if train else patch
+
+
+def cut(
+    values: Tensor, corners: Sequence[tuple[int, int]], cell: int, side: int, generator: torch.Generator
+) -> Tensor:
+    """``(side, side)`` pixels at random from one of the cells with these corners."""
     top, left = corners[int(torch.randint(len(corners), (), generator=generator))]
-    down, right = torch.randint(CELL - PATCH + 1, (2,), generator=generator).tolist()
-    patch = picture.values[top + down : top + down + PATCH, left + right : left + right + PATCH]
-    if not train:
-        return patch
+    down, right = torch.randint(cell - side + 1, (2,), generator=generator).tolist()
+    return values[top + down : top + down + side, left + right : left + right + side]
+
+
+def turned(patch: Tensor, generator: torch.Generator) -> Tensor:
+    """By a random number of right angles, and mirrored or not."""
     turns, mirrored = torch.randint(8, (), generator=generator).item() % 4, torch.rand((), generator=generator) < 0.5
     patch = patch.rot90(int(turns))
     return patch.flip(1) if mirrored else patch
 
 
+def evened(patches: Tensor) -> Tensor:
+    """Zero mean and unit deviation of each ``(..., H, W)``."""
+    centred = patches - patches.mean((-2, -1), keepdim=True)
+    return centred / (centred.std((-2, -1), keepdim=True) + 4)  # 4: flat patches stay flat
+
+
 def _folded(patches: list[Tensor]) -> Tensor:
-    stacked = torch.stack(patches)
-    stacked = stacked - stacked.mean((1, 2), keepdim=True)
-    stacked = stacked / (stacked.std((1, 2), keepdim=True) + 4)  # 4: flat patches stay flat
-    return F.pixel_unshuffle((stacked / 4 + 0.5).clamp(0, 1)[:, None], FOLD)
+    return F.pixel_unshuffle((evened(torch.stack(patches)) / 4 + 0.5).clamp(0, 1)[:, None], FOLD)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tersor
-from tersor.models._command import between, folder, make_output, run_command
+from tersor.models._command import between, device, folder, make_output, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,22 +82,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=between(1, 4096), default=1, help="CPU threads (default 1)")
     add("--output", type=folder, default=Path("demo"), help="folder of all files (default demo)")
     add("--resume", action="store_true", help="go on from the state in the output folder")
-    add("--device", type=_device, default="cpu", help="cpu (default), cuda or cuda:N")
+    add("--device", type=device, default="cpu", help="cpu (default), cuda or cuda:N")
     options = parser.parse_args(arguments)
     make_output(parser, options.output)
     return options
-
-
-def _device(text: str) -> str:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
-    return str(device)
 
 
 def _config(name: str, options: argparse.Namespace) -> Config:
@@ -107,15 +95,15 @@ def _config(name: str, options: argparse.Namespace) -> Config:
 
 
 def _say_what_runs(console: Console, options: argparse.Namespace) -> None:
-    device = torch.device(options.device).type
+    kind = torch.device(options.device).type
     console.print(
         f"torch {torch.__version__}, {options.device}, threads: {options.threads}, seed: {options.seed}",
         highlight=False,
     )
     for choice in tersor.backends():
-        if choice.operator.startswith("dilated_attention") and choice.device == device:
+        if choice.operator.startswith("dilated_attention") and choice.device == kind:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
-            console.print(f"{choice.operator} on {device} runs [bold]{choice.runs}[/] ({reasons})", highlight=False)
+            console.print(f"{choice.operator} on {kind} runs [bold]{choice.runs}[/] ({reasons})", highlight=False)
 
 
 def _train(console: Console, config: Config, output: Path, resume: bool) -> Progress:
@@ -189,11 +177,11 @@ def _write_results(
     memory: dict[str, int | None],
     kernels: dict[str, Any],
 ) -> None:
-    device = torch.device(options.device).type
+    kind = torch.device(options.device).type
     results: dict[str, Any] = {
         "torch": torch.__version__,
         "options": {name: value for name, value in vars(options).items() if name not in ("output", "resume")},
-        "backends": {choice.operator: choice.runs for choice in tersor.backends() if choice.device == device},
+        "backends": {choice.operator: choice.runs for choice in tersor.backends() if choice.device == kind},
     }
     for name, done in progress.items():
         results[name] = {

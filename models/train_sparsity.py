@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tersor.models._command import PHOTOGRAPHS, between, folder, make_output, run_command, write_page, write_results
+from tersor.models._command import (
+    PHOTOGRAPHS,
+    between,
+    folder,
+    make_output,
+    print_table,
+    run_command,
+    training_bar,
+    write_page,
+    write_results,
+)
 from tersor.sparsity.nm_pattern import check_pattern
 
 if TYPE_CHECKING:
@@ -56,7 +66,8 @@ def run(options: argparse.Namespace) -> None:
             config = Config(method, pattern, seed, **common)
             groups[method, pattern].append(_train(console, config, output, options.resume))
     rows = _rows(groups, options.test_patches * len(_textures.NAMES))
-    _print_table(console, rows)
+    title = "Which photograph is it? N:M sparse networks, and what they take"
+    print_table(console, title, [row[:PRINTED] for row in rows], CAPTION)
     named = {f"{method} {pattern}".strip(): runs for (method, pattern), runs in groups.items()}
     steps = f"{CAPTION} Steps: seconds of all training steps, median of the seeds."
     below = ["", steps, "", "![accuracy and size](sparsity.png)"]
@@ -105,30 +116,17 @@ def _pattern(text: str) -> str:
 
 def _train(console: Console, config: Config, output: Path, resume: bool) -> Progress:
     """One run under a progress bar."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
     from tersor.models._sparsity_train import train
 
-    columns = (
-        TextColumn("[bold]{task.description:<19}"),
-        BarColumn(),
-        TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}  {task.fields[note]:<30}"),
-        TimeElapsedColumn(),
-    )
     title = " ".join(filter(None, (config.method, config.pattern, f"seed {config.seed}")))
-    total = config.epochs * config.iterations
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total, epoch=0, epochs=config.epochs, note="")
+    with training_bar(console, title, config.epochs, config.iterations) as show:
 
-        def show(progress: Progress, step: int) -> None:
-            epoch = len(progress.loss)
+        def report(progress: Progress, step: int) -> None:
             note = f"loss {progress.loss[-1]:.2f}, weights kept {progress.kept[-1]:.0%}" if progress.loss else ""
-            bar.update(task, completed=epoch * config.iterations + step + 1, epoch=epoch + 1, note=note)
+            show(len(progress.loss), step + 1, note)
 
-        _, progress = train(config, output, resume, show)
-        note = f"accuracy {progress.accuracy:.2f} %, kept {progress.kept[-1]:.0%}"
-        bar.update(task, completed=total, epoch=config.epochs, note=note)
+        _, progress = train(config, output, resume, report)
+        show(config.epochs, 0, f"accuracy {progress.accuracy:.2f} %, kept {progress.kept[-1]:.0%}")
     return progress
 
 
@@ -173,20 +171,6 @@ CAPTION = (
     "error. Packed same: test patches that the packed model, read from its file, puts into the same class as the "
     "trained one; logits: their largest difference. Bytes: of the model's file in float32."
 )
-
-
-def _print_table(console: Console, rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    title = "Which photograph is it? N:M sparse networks, and what they take"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
-    for name in rows[0][:PRINTED]:
-        table.add_column(name, justify="right" if name else "left")
-    for row in rows[1:]:
-        table.add_row(*row[:PRINTED])
-    table.caption, table.caption_justify = CAPTION, "left"
-    console.print(table)
 
 
 if __name__ == "__main__":
