@@ -164,10 +164,16 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def write_results(path: Path, options: argparse.Namespace, runs: Mapping[str, Sequence[Any]]) -> Path:
-    """The machine, the options and the progress (dataclasses) of all runs of each name, as JSON."""
+def write_results(
+    path: Path,
+    options: argparse.Namespace,
+    runs: Mapping[str, Sequence[Any]],
+    more: Mapping[str, Any] | None = None,
+) -> Path:
+    """As JSON: the machine, the options, what else there is, the progress (dataclasses) of all runs of each name."""
     contents: dict[str, Any] = {"about": about()}
     contents["options"] = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
+    contents |= more or {}
     contents |= {name: [vars(run) for run in group] for name, group in runs.items()}
     path.write_text(json.dumps(contents, indent=1) + "\n")
     return path

@@ -84,9 +84,7 @@ def _cut(picture: Picture, train: bool, generator: torch.Generator) -> Tensor:
     return turned(patch, generator) if train else patch
 
 
-def cut(
-    values: Tensor, corners: Sequence[tuple[int, int]], cell: int, side: int, generator: torch.Generator
-) -> Tensor:
+def cut(values: Tensor, corners: Sequence[tuple[int, int]], cell: int, side: int, generator: torch.Generator) -> Tensor:
     """``(side, side)`` pixels at random from one of the cells with these corners."""
     top, left = corners[int(torch.randint(len(corners), (), generator=generator))]
     down, right = torch.randint(cell - side + 1, (2,), generator=generator).tolist()

@@ -1,8 +1,8 @@
 """Windows of ten photographs, large and small, on grey: which photograph is it from?
 
-A large window is told by few coarse tokens, a small one needs fine ones, and these only where it is. The photographs are
-cut into cells (see :mod:`tersor.models._textures`): three fifths of them train, a fifth each validates and tests, and no
-window crosses a cell's border. Needs the extra ``tersor[demo]``.
+A large window is told by few coarse tokens, a small one needs fine ones, and these only where it is. The photographs
+are cut into cells (see :mod:`tersor.models._textures`): three fifths of them train, a fifth each validates and tests,
+and no window crosses a cell's border. Needs the extra ``tersor[demo]``.
 """
 
 from __future__ import annotations

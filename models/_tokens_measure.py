@@ -6,14 +6,15 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tersor import rank_tokens
 from tersor.models import _tokens_data
-from tersor.models._tokens_train import MLP_RATIO, SIZES, Config
+from tersor.models._tokens_train import MLP_RATIO, SIZES, Config, Progress
 from tersor.models.cf_vit import CFViT
 
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
@@ -31,7 +32,7 @@ class Setting:
     arguments: tuple[Any, ...]
 
     @torch.no_grad()
-    def run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, int]:
+    def run(self, model: Any, images: Tensor) -> tuple[Tensor, int]:
         """Logits, and how many images went through the fine pass."""
         if isinstance(model, CFViT):
             found = model.infer(images, *self.arguments)
@@ -44,10 +45,10 @@ def settings(method: str) -> tuple[Setting, ...]:
         return tuple(Setting(f"{threshold:g}", (threshold,)) for threshold in THRESHOLDS)
     if method == "SuperViT":
         return tuple(Setting(f"{size}, {rate:g}", (size, rate)) for size in SIZES for rate in KEEP_RATES)
-    return (Setting("", ()),)
+    return (Setting("", (int(method.removeprefix("ViT ")), 1.0)),)
 
 
-def judge(config: Config, model: nn.Module) -> list[dict[str, Any]]:
+def judge(config: Config, model: Any) -> list[dict[str, Any]]:
     """For every setting: accuracy (%) on the validation and the test images; of the latter, cost and the fine share."""
     model.eval()
     if isinstance(model, CFViT):
@@ -76,13 +77,13 @@ def macs(config: Config, setting: Setting, fine: float) -> float:
         again = blocks(config, [1 + count + 3 * split] * config.depth, 1.0)
         again += 4 * split * pixels * width + split * 2 * int(MLP_RATIO * width) * width
         return blocks(config, [1 + count] * config.depth, 1.0) + count * pixels * width + fine * again
-    size, rate = setting.arguments or (config.size, 1.0)
+    size, rate = setting.arguments
     count = (size // _tokens_data.PATCH) ** 2
     return blocks(config, [1 + count] * config.depth, rate) + count * pixels * width
 
 
 def blocks(config: Config, tokens: list[int], rate: float) -> int:
-    """Of all blocks and the classifier; ``tokens`` of every block, before those are dropped that ``rate`` does not keep."""
+    """Of all blocks and the classifier; ``tokens`` of every block, as if none were dropped for the keep ``rate``."""
     width, total = config.width, config.width * len(_tokens_data.NAMES)
     for number in range(len(tokens)):
         total += 4 * tokens[number] * width**2 + 2 * tokens[number] ** 2 * width
@@ -93,50 +94,124 @@ def blocks(config: Config, tokens: list[int], rate: float) -> int:
     return total
 
 
-Speeds = dict[tuple[str, str], list[float]]  # method and setting: images a second, of every seed
+Groups = dict[str, list[Progress]]  # of every method, a run for each seed
 
 
-def measure(
-    networks: Mapping[str, Sequence[tuple[Config, nn.Module]]], rounds: int, threads: int
-) -> Speeds:
-    """Images a second at batches of 64, from images of full size to logits; for every seed the median of the rounds.
+def measure(networks: Mapping[str, Sequence[tuple[Config, Any]]], groups: Groups, rounds: int, threads: int) -> None:
+    """Writes into every point its ``speed``: images a second, from images of full size to logits, the rounds' median.
 
-    All networks and settings take turns, so that a disturbance of the machine meets all.
+    Batches of 64 test images. All networks and settings take turns, so that a disturbance of the machine meets all.
     """
     torch.set_num_threads(threads)
     jobs = [
-        (method, seed, setting, config, model)
+        (model, setting, config.device, groups[method][number].points[place])
         for method, group in networks.items()
-        for setting in settings(method)
-        for seed, (config, model) in enumerate(group)
+        for place, setting in enumerate(settings(method))
+        for number, (config, model) in enumerate(group)
     ]
-    times: dict[tuple[str, str, int], list[float]] = {}
+    times: list[list[float]] = [[] for _ in jobs]
     for turn in range(rounds + 1):  # the first warms up
-        for method, seed, setting, config, model in jobs:
-            seconds = _seconds(model, setting, config.device)
+        for (model, setting, device, _), found in zip(jobs, times, strict=True):
+            seconds = _seconds(model, setting, device)
             if turn:
-                times.setdefault((method, setting.label, seed), []).append(seconds)
-    speeds: Speeds = {}
-    for (method, label, _), found in times.items():
-        speeds.setdefault((method, label), []).append(BATCH * BATCHES / statistics.median(found))
-    return speeds
+                found.append(seconds)
+    for (_, _, _, point), found in zip(jobs, times, strict=True):
+        point["speed"] = BATCH * BATCHES / statistics.median(found)
 
 
-def _seconds(model: nn.Module, setting: Setting, device: str) -> float:
-    batches = list(_batches(device))
+def _seconds(model: Any, setting: Setting, device: str) -> float:
+    images, _ = _tokens_data.fixed_set("test", BATCH * BATCHES)
+    batches = [some.to(device) for some in images.split(BATCH)]
     _wait(device)
     begin = time.perf_counter()
-    for images in batches:
-        setting.run(model, images)
+    for batch in batches:
+        setting.run(model, batch)
     _wait(device)
     return time.perf_counter() - begin
-
-
-def _batches(device: str) -> Iterator[Tensor]:
-    images, _ = _tokens_data.fixed_set("test", BATCH * BATCHES)
-    return (some.to(device) for some in images.split(BATCH))
 
 
 def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def compare(groups: Groups) -> None:
+    """Writes into the points of CF-ViT and SuperViT how much better they are than plain networks of the same seed.
+
+    ``"against plain by seconds"`` and ``"... by macs"`` are of the test images, with ``" (validation)"`` behind of the
+    validation images; None where every plain network costs more.
+    """
+    plain = [runs for method, runs in groups.items() if method.startswith("ViT")]
+    for method in ("CF-ViT", "SuperViT"):
+        for number, run in enumerate(groups[method]):
+            for point in run.points:
+                for name, cost in (("seconds", _seconds_per_image), ("macs", _macs)):
+                    for part, suffix in (("test", ""), ("validation", " (validation)")):
+                        rivals = [(cost(runs[number].points[0]), runs[number].points[0][part]) for runs in plain]
+                        there = frontier(rivals, cost(point))
+                        key = f"against plain by {name}{suffix}"
+                        point[key] = None if there is None else point[part] - there
+
+
+def _seconds_per_image(point: Mapping[str, Any]) -> float:
+    return 1 / point["speed"]
+
+
+def _macs(point: Mapping[str, Any]) -> float:
+    return float(point["macs"])
+
+
+def frontier(points: Sequence[tuple[float, float]], cost: float) -> float | None:
+    """The highest value of a point, or of a mixture of two, that costs no more on average; None if there is none."""
+    found = [value for own, value in points if own <= cost]
+    for low, value in points:
+        for high, other in points:
+            if low < cost < high:
+                found.append(value + (other - value) * (cost - low) / (high - low))
+    return max(found, default=None)
+
+
+def best(groups: Groups, method: str) -> int:
+    """The setting that gains most over plain networks in time, on the validation images: the test decides nothing."""
+    key = "against plain by seconds (validation)"
+    gains = []
+    for points in zip(*(run.points for run in groups[method]), strict=True):
+        each = [point[key] for point in points]
+        gains.append(-math.inf if None in each else statistics.fmean(each))
+    return gains.index(max(gains))
+
+
+class Sample(NamedTuple):
+    """A test image and what CF-ViT does with it."""
+
+    image: Tensor  # (SIDE, SIDE)
+    label: int
+    first: int  # the coarse pass's answer
+    last: int
+    confidence: float  # of the first
+    unsure: bool
+    split: list[int]  # coarse tokens, numbered row by row, that the fine pass replaces; empty if sure
+
+
+@torch.no_grad()
+def samples(config: Config, model: CFViT, threshold: float, count: int = 6) -> list[Sample]:
+    """The first test images that leave early, then the first that do not: up to ``count`` of each."""
+    images, labels = _tokens_data.fixed_set("test", config.test_images)
+    images = images[:250].to(config.device)
+    found, first = model.infer(images, threshold), model.infer(images, 0.0).logits.argmax(1)
+    scores = model.coarse_pass(model.check_images(images, None)).scores
+    assert scores is not None  # selection is on
+    order = rank_tokens(scores)[:, : math.ceil(SPLIT * scores.shape[1])]
+    sure = (~found.unsure).nonzero().flatten().tolist()[:count]
+    return [
+        Sample(
+            images[i, 0].cpu(),
+            int(labels[i]),
+            int(first[i]),
+            int(found.logits[i].argmax()),
+            float(found.confidence[i]),
+            bool(found.unsure[i]),
+            sorted(order[i].tolist()) if found.unsure[i] else [],
+        )
+        for i in (*sure, *found.unsure.nonzero().flatten().tolist()[:count])
+    ]
