@@ -26,6 +26,7 @@ from tersor.models._tokens import (
     Box,
     ConvStem,
     PatchEmbedding,
+    TokenBlock,
     TokenTransformer,
     check_box,
     check_square,
@@ -56,7 +57,8 @@ class CoarsePass(NamedTuple):
 
     def rows(self, index: Tensor) -> CoarsePass:
         """Those of some images."""
-        return CoarsePass(*(None if t is None else t[index] for t in self))
+        scores = None if self.scores is None else self.scores[index]
+        return CoarsePass(self.features[index], scores, self.embedded[index])
 
 
 class Inference(NamedTuple):
@@ -202,6 +204,7 @@ class CFViT(TokenTransformer):
         embedded = self.sequence(self.patches(coarse_images, self.grid, box), self.pos_embed_list[0])
         x, scores = embedded, None
         for number, block in enumerate(self.blocks):
+            assert isinstance(block, TokenBlock)
             if self.selection and number >= _FIRST_SCORED:
                 x, scores = block.scored(x, scores, self.decay)
             else:
@@ -301,9 +304,7 @@ class CFLVViT(CFViT):
         )  # fmt: skip
         self.mix_token = mix_token
 
-    def forward(  # type: ignore[override]
-        self, images: Tensor, coarse_images: Tensor | None = None, box: Box | None = None
-    ) -> tuple[Any, Any]:
+    def forward(self, images: Tensor, coarse_images: Tensor | None = None, box: Box | None = None) -> tuple[Any, Any]:
         """As :meth:`CFViT.forward`; in training two times logits, the tokens' logits and their box.
 
         Args:

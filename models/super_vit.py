@@ -21,6 +21,7 @@ from tersor.models._tokens import (
     Box,
     ConvStem,
     PatchEmbedding,
+    TokenBlock,
     TokenTransformer,
     check_box,
     cross_entropy,
@@ -120,6 +121,7 @@ class SuperViT(TokenTransformer):
         patches = self.patches(resize_align_corners(images, size), size // _PATCH, box)
         x = self.sequence(patches, self.pos_embed_list[self.sizes.index(size)])
         for number, block in enumerate(self.blocks):
+            assert isinstance(block, TokenBlock)
             prune = number in _PRUNED and keep_rate != 1
             x = block.pruned(x, math.ceil(keep_rate * x.shape[1])) if prune else block(x)
         return self.norm(x)
@@ -189,9 +191,7 @@ class SuperLVViT(SuperViT):
         )
         self.mix_token = mix_token
 
-    def forward(  # type: ignore[override]
-        self, images: Tensor, size: int | None = None, keep_rate: float = 1.0, box: Box | None = None
-    ) -> Any:
+    def forward(self, images: Tensor, size: int | None = None, keep_rate: float = 1.0, box: Box | None = None) -> Any:
         """As :meth:`SuperViT.forward`, in training as the class says.
 
         Args:
