@@ -26,7 +26,6 @@ from tersor.models._tokens import (
     Box,
     ConvStem,
     PatchEmbedding,
-    TokenBlock,
     TokenTransformer,
     check_box,
     check_square,
@@ -204,7 +203,6 @@ class CFViT(TokenTransformer):
         embedded = self.sequence(self.patches(coarse_images, self.grid, box), self.pos_embed_list[0])
         x, scores = embedded, None
         for number, block in enumerate(self.blocks):
-            assert isinstance(block, TokenBlock)
             if self.selection and number >= _FIRST_SCORED:
                 x, scores = block.scored(x, scores, self.decay)
             else:

@@ -21,7 +21,6 @@ from tersor.models._tokens import (
     Box,
     ConvStem,
     PatchEmbedding,
-    TokenBlock,
     TokenTransformer,
     check_box,
     cross_entropy,
@@ -121,7 +120,6 @@ class SuperViT(TokenTransformer):
         patches = self.patches(resize_align_corners(images, size), size // _PATCH, box)
         x = self.sequence(patches, self.pos_embed_list[self.sizes.index(size)])
         for number, block in enumerate(self.blocks):
-            assert isinstance(block, TokenBlock)
             prune = number in _PRUNED and keep_rate != 1
             x = block.pruned(x, math.ceil(keep_rate * x.shape[1])) if prune else block(x)
         return self.norm(x)
