@@ -143,9 +143,9 @@ def _by_window(query: Tensor) -> bool:
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """On the CPU the whole sequence as one window, which is faster than torch's; on a GPU torch's own."""
     if _by_window(query):
-        rows = (t[:, None] for t in (query, key, value))
-        return window_attention(*rows, window_size=(1, query.shape[1]), scale=scale)[:, 0]
-    heads = (t.transpose(1, 2) for t in (query, key, value))
+        rows = query[:, None], key[:, None], value[:, None]
+        return window_attention(*rows, (1, query.shape[1]), scale=scale)[:, 0]
+    heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2)
 
 
