@@ -67,7 +67,7 @@ def test_parameters_and_macs(build: Any, grid: int, parameters: int, published: 
     assert giga_macs(model, x) == pytest.approx(eager - skipped / 1e9, abs=1e-6)
 
 
-@pytest.mark.parametrize(("grid", "giga"), [(7, (1.0992, 3.9571)), (9, (1.8270, 6.6647))])
+@pytest.mark.parametrize(("grid", "giga"), [(7, (1.0996, 3.9571)), (9, (1.8274, 6.6647))])
 def test_macs_of_deit_by_hand(grid: int, giga: tuple[float, float]) -> None:
     def blocks(tokens: int) -> int:
         return 12 * (12 * tokens * 384**2 + 2 * tokens**2 * 384)
@@ -416,17 +416,18 @@ def test_nano_learns_a_batch() -> None:
 # torch's own transforms
 
 
-@BOTH
-@pytest.mark.parametrize("selection", [True, False])
-def test_compiles_in_one_graph(build: Any, selection: bool) -> None:
-    model, x = small(build, depth=4, selection=selection).eval(), images(2, 96)
+@pytest.mark.parametrize(("build", "batches"), [(CFViT, (2, 3)), (CFLVViT, (2,))])
+def test_compiles_in_one_graph(build: Any, batches: tuple[int, ...]) -> None:
+    """Also with another batch, whose size torch takes for a variable."""
+    model = small(build, depth=4).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    gradients = []
-    for way in (model, compiled):
-        outputs = torch.stack(way(x))
-        gradients.append([outputs, *torch.autograd.grad(outputs.square().sum(), list(model.head.parameters()))])
-    for ours, exact in zip(*gradients, strict=True):
-        assert error(ours, exact) < 1e-5
+    for batch in batches:
+        gradients = []
+        for way in (model, compiled):
+            outputs = torch.stack(way(images(batch, 96)))
+            gradients.append([outputs, *torch.autograd.grad(outputs.square().sum(), list(model.head.parameters()))])
+        for ours, exact in zip(*gradients, strict=True):
+            assert error(ours, exact) < 1e-5
 
 
 @BOTH
@@ -480,7 +481,7 @@ def test_few_blocks_run_without_selection() -> None:
         (
             torch.zeros(2, 3, 96, 80),
             ValueError,
-            r"CFViT: images must be \(B, 3, S, S\) with S = 96, got shape \(2, 3, 96",
+            r"CFViT: images must be \(B, 3, S, S\) with S = 96, got",
         ),
         (torch.zeros(2, 3, 64, 64), ValueError, "with S = 96, got shape"),
         (torch.zeros(2, 1, 96, 96), ValueError, r"images must be \(B, 3, S, S\)"),
