@@ -317,7 +317,7 @@ class CFLVViT(CFViT):
         coarse_images = self.check_images(images, coarse_images)
         if box is None:
             box = draw_box(self.grid) if self.mix_token else NO_BOX
-        top, left, bottom, right = check_box(name, box, self.grid)
+        box = top, left, bottom, right = check_box(name, box, self.grid)
         fine_box = (2 * top, 2 * left, 2 * bottom, 2 * right)
         coarse = self.coarse_pass(coarse_images, box)
         tokens, order = self.fine_tokens(images, coarse, box=fine_box)
