@@ -176,6 +176,8 @@ class TokenTransformer(nn.Module):
         aux_head: whether there is a second head, for the tokens.
     """
 
+    blocks: Any  # a ModuleList of TokenBlock, of which type checkers know only that they are modules
+
     def __init__(
         self,
         embed: PatchEmbedding,

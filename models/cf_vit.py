@@ -56,7 +56,8 @@ class CoarsePass(NamedTuple):
 
     def rows(self, index: Tensor) -> CoarsePass:
         """Those of some images."""
-        return CoarsePass(*(None if t is None else t[index] for t in self))
+        scores = None if self.scores is None else self.scores[index]
+        return CoarsePass(self.features[index], scores, self.embedded[index])
 
 
 class Inference(NamedTuple):
@@ -301,9 +302,7 @@ class CFLVViT(CFViT):
         )  # fmt: skip
         self.mix_token = mix_token
 
-    def forward(  # type: ignore[override]
-        self, images: Tensor, coarse_images: Tensor | None = None, box: Box | None = None
-    ) -> tuple[Any, Any]:
+    def forward(self, images: Tensor, coarse_images: Tensor | None = None, box: Box | None = None) -> tuple[Any, Any]:
         """As :meth:`CFViT.forward`; in training two times logits, the tokens' logits and their box.
 
         Args:
@@ -318,7 +317,7 @@ class CFLVViT(CFViT):
         coarse_images = self.check_images(images, coarse_images)
         if box is None:
             box = draw_box(self.grid) if self.mix_token else NO_BOX
-        top, left, bottom, right = check_box(name, box, self.grid)
+        box = top, left, bottom, right = check_box(name, box, self.grid)
         fine_box = (2 * top, 2 * left, 2 * bottom, 2 * right)
         coarse = self.coarse_pass(coarse_images, box)
         tokens, order = self.fine_tokens(images, coarse, box=fine_box)

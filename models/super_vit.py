@@ -7,6 +7,7 @@ The state dicts have the published models' keys, so that their checkpoints load 
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -120,8 +121,11 @@ class SuperViT(TokenTransformer):
         patches = self.patches(resize_align_corners(images, size), size // _PATCH, box)
         x = self.sequence(patches, self.pos_embed_list[self.sizes.index(size)])
         for number, block in enumerate(self.blocks):
-            prune = number in _PRUNED and keep_rate != 1
-            x = block.pruned(x, math.ceil(keep_rate * x.shape[1])) if prune else block(x)
+            if number not in _PRUNED or keep_rate == 1:
+                x = block(x)
+                continue
+            count = math.ceil(keep_rate * x.shape[1])
+            x = block.pruned(x, operator.index(count))  # compiled code would take it for a symbol otherwise
         return self.norm(x)
 
     def check_size(self, images: Tensor, size: int | None) -> int:
@@ -189,9 +193,7 @@ class SuperLVViT(SuperViT):
         )
         self.mix_token = mix_token
 
-    def forward(  # type: ignore[override]
-        self, images: Tensor, size: int | None = None, keep_rate: float = 1.0, box: Box | None = None
-    ) -> Any:
+    def forward(self, images: Tensor, size: int | None = None, keep_rate: float = 1.0, box: Box | None = None) -> Any:
         """As :meth:`SuperViT.forward`, in training as the class says.
 
         Args:

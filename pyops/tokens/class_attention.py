@@ -143,15 +143,16 @@ def _by_window(query: Tensor) -> bool:
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """On the CPU the whole sequence as one window, which is faster than torch's; on a GPU torch's own."""
     if _by_window(query):
-        rows = (t[:, None] for t in (query, key, value))
-        return window_attention(*rows, window_size=(1, query.shape[1]), scale=scale)[:, 0]
-    heads = (t.transpose(1, 2) for t in (query, key, value))
+        rows = query[:, None], key[:, None], value[:, None]
+        return window_attention(*rows, (1, query.shape[1]), scale=scale)[:, 0]
+    heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2)
 
 
 def _reference(query: Tensor, key: Tensor, average: Tensor | None, scale: float, decay: float) -> Tensor:
     dtype = accumulate_dtype(query.dtype)
-    products = torch.einsum("bhd,bnhd->bhn", query.to(dtype) * scale, key.to(dtype))
+    # Not a matrix product, whose arguments and result autocast would round.
+    products = (query.to(dtype)[:, None] * scale * key.to(dtype)).sum(3).transpose(1, 2)
     now = mean_heads(torch.softmax(products, 2)[..., 1:])
     if average is None:
         return ((1 - decay) * now).contiguous()

@@ -112,7 +112,7 @@ def _reference_backward(
     need_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(tokens.dtype)
-    g, t = grad_normalized.to(dtype), tokens.to(dtype)
+    g, t = grad_normalized.to(dtype).contiguous(), tokens.to(dtype)
     standard, rstd = _normalize(t, eps)
     scaled = g * weight.to(dtype)
     inner = scaled - scaled.mean(2, keepdim=True) - standard * (scaled * standard).mean(2, keepdim=True)

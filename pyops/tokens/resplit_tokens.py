@@ -64,14 +64,15 @@ def resplit_tokens(
     Source: Chen et al., "CF-ViT: A General Coarse-to-Fine Method for Vision Transformer", arXiv 2203.03821.
     """
     name = "resplit_tokens"
-    tokens = {"coarse": coarse, "fine_patches": fine_patches, "reuse": reuse, "position": position, "cls": cls}
+    tokens: dict[str, Any] = {
+        "coarse": coarse, "fine_patches": fine_patches, "reuse": reuse, "position": position, "cls": cls,
+    }  # fmt: skip
     given = {key: t for key, t in tokens.items() if t is not None or key not in ("reuse", "position")}
     check_floating(name, **given)
-    if (scores is None) == (order is None):
-        raise ValueError(
-            f"{name}: exactly one of scores and order must be given, got {'both' if order is not None else 'none'}"
-        )
     count = _check_shapes(name, given, alpha, order is not None)
+    if (scores is None) == (order is None):
+        got = "none" if scores is None else "both"
+        raise ValueError(f"{name}: one of scores and order must be given, got {got}")
     if scores is not None:
         check_scores(name, scores)
         if scores.shape != (coarse.shape[0], count):
@@ -94,7 +95,12 @@ def resplit_tokens(
 
 def split_count(count: int, alpha: float) -> int:
     """How many of ``count`` coarse tokens are split: ``ceil(alpha * count)``, the product in double precision."""
-    return math.ceil(alpha * count)
+    if not torch.compiler.is_compiling():
+        return math.ceil(alpha * count)
+    chosen = 0  # counted, since a compiled graph may know count and alpha as symbols only
+    while chosen < alpha * count:
+        chosen += 1
+    return chosen
 
 
 def resplit_index(order: Tensor, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -137,8 +143,10 @@ def same_dtype(name: str, **tensors: Tensor) -> list[Tensor]:
 
 
 def _side(name: str, count: int) -> int:
-    side = math.isqrt(count)
-    if count < 1 or side * side != count:
+    side = 1
+    while side * side < count:  # math.isqrt does not take the symbolic sizes of compiled graphs
+        side += 1
+    if side * side != count:
         raise ValueError(f"{name}: the coarse tokens must fill a square grid, got {count} of them")
     return side
 
@@ -193,7 +201,8 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(coarse.dtype)
     selected = scores is None
-    ranked = order if order is not None else torch.argsort(scores, dim=1, descending=True, stable=True)
+    ranked = order if scores is None else torch.argsort(scores, dim=1, descending=True, stable=True)
+    assert ranked is not None
     batch, side = coarse.shape[0], math.isqrt(coarse.shape[1] - 1)
     fine = _fine_index(ranked[:, :chosen], side)
     rows = (fine_patches if selected else gather_rows(fine_patches, fine)).to(dtype)
@@ -226,10 +235,10 @@ def _reference_backward(
     empty = grad_tokens.new_empty(0)
     four = rows.unflatten(1, (4, chosen)).to(accumulate_dtype(rows.dtype)).sum(1).to(rows.dtype)
     grad_coarse = scatter_rows(left, 1 + order[:, chosen:], 1 + count) if need_coarse else empty
-    grad_fine = rows.contiguous() if selected else scatter_rows(rows, fine, 4 * count)
+    grad_fine = rows.clone(memory_format=torch.contiguous_format) if selected else scatter_rows(rows, fine, 4 * count)
     grad_reuse = four if selected else scatter_rows(four, order[:, :chosen], count)
     first = grad_tokens[:, :1].to(accumulate_dtype(rows.dtype))
-    grad_cls = (first if cls_rows == batch else first.sum(0, keepdim=True)).to(rows.dtype)
+    grad_cls = (first.clone() if cls_rows == batch else first.sum(0, keepdim=True)).to(rows.dtype)
     grad_position = empty
     if need_position:
         wide = rows.to(accumulate_dtype(rows.dtype))
@@ -318,6 +327,8 @@ class _ResplitTokens(torch.autograd.Function):
         gradients = _backward(
             grad_tokens, *ctx.saved_tensors, ctx.chosen, ctx.selected, *needed[:4], ctx.cls_rows if needed[4] else 0
         )
+        if ctx.cls_rows == 0:  # which stands for "not needed"
+            gradients = (*gradients[:4], grad_tokens[:, :1])
         return (*(g if n else None for g, n in zip(gradients, needed, strict=True)), None, None, None)
 
     vmap = staticmethod(_vmap)
