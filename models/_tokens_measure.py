@@ -45,7 +45,7 @@ def settings(method: str) -> tuple[Setting, ...]:
         return tuple(Setting(f"{threshold:g}", (threshold,)) for threshold in THRESHOLDS)
     if method == "SuperViT":
         return tuple(Setting(f"{size}, {rate:g}", (size, rate)) for size in SIZES for rate in KEEP_RATES)
-    return (Setting("", (int(method.removeprefix("ViT ")), 1.0)),)
+    return (Setting("", ()),)
 
 
 def judge(config: Config, model: Any) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def macs(config: Config, setting: Setting, fine: float) -> float:
         again = blocks(config, [1 + count + 3 * split] * config.depth, 1.0)
         again += 4 * split * pixels * width + split * 2 * int(MLP_RATIO * width) * width
         return blocks(config, [1 + count] * config.depth, 1.0) + count * pixels * width + fine * again
-    size, rate = setting.arguments
+    size, rate = setting.arguments or (config.size, 1.0)
     count = (size // _tokens_data.PATCH) ** 2
     return blocks(config, [1 + count] * config.depth, rate) + count * pixels * width
 

@@ -10,18 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
-from tersor import resize_align_corners
 from tersor.models import _command, _tokens_data, _tokens_measure, _tokens_train, train_tokens
 from tersor.models._command import StateError
 from tersor.models._tokens_measure import THRESHOLDS, Setting, frontier, judge, macs, samples, settings
 from tersor.models._tokens_train import METHODS, Config, Progress, Run, train
-from tersor.models.deit import DeiT
 
 SMALL: dict[str, Any] = {"epochs": 3, "iterations": 2, "batch_size": 4, "width": 16, "depth": 4, "test_images": 24}
 ARGUMENTS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
@@ -138,21 +135,13 @@ def test_windows_are_of_many_sizes_on_grey() -> None:
     assert not torch.equal(_tokens_data.fixed_set("test", 20)[0], _tokens_data.fixed_set("validation", 20)[0])
 
 
-def test_plain_networks_are_deits_and_cost_what_torch_counts() -> None:
+def test_cost_of_a_plain_network_is_what_torch_counts() -> None:
     config = Config("ViT 64", **SMALL)
     model = config.build().eval()
-    options: Any = {"num_heads": 4, "mlp_ratio": 2.0, "num_classes": 10, "in_chans": 1}
-    deit = DeiT(64, 16, 16, 4, **options).eval()
-    names = {"pos_embed": "pos_embed_list.0"}
-    deit.load_state_dict({name: model.state_dict()[names.get(name, name)] for name in deit.state_dict()})
-    images = _tokens_data.fixed_set("test", 1)[0]
-    with torch.no_grad():
-        ours = settings("ViT 64")[0].run(model, images)[0]
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no other on the CPU
-            theirs = deit(resize_align_corners(images, 64))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert len(deit.state_dict()) == len(model.state_dict())
-    assert macs(config, settings("ViT 64")[0], 0.0) == counter.get_total_flops() / 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(_tokens_data.fixed_set("test", 1)[0])
+    attention = 4 * 2 * 17**2 * 16  # an operator of ours, which torch does not know
+    assert macs(config, settings("ViT 64")[0], 0.0) == counter.get_total_flops() / 2 + attention
 
 
 def test_cost_of_fewer_tokens() -> None:
