@@ -17,7 +17,7 @@ from tersor.models import _tokens_data
 from tersor.models._tokens_train import MLP_RATIO, SIZES, Config, Progress
 from tersor.models.cf_vit import CFViT
 
-THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
+THRESHOLDS = (0.0, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
 KEEP_RATES = (0.5, 0.7, 1.0)
 PRUNED = (3, 6, 9)  # blocks of SuperViT, counted from 0
 SPLIT = 0.5  # share of CF-ViT's coarse tokens
