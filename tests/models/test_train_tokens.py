@@ -129,9 +129,9 @@ def test_windows_are_of_many_sizes_on_grey() -> None:
     assert len(labels.unique()) == 10
     sides = images.ne(0).any(2).sum(2).flatten()  # columns with a pixel that is not 0
     assert sides.max() <= _tokens_data.CELL
-    assert sides.min() < _tokens_data.SMALLEST + 5  # columns that happen to be flat are few
-    textured = images.flatten(1).square().mean(1) > 0.01
-    assert textured.float().mean() > 0.9  # some windows of the retina and of the sky are flat
+    whole = sides[sides >= _tokens_data.SMALLEST]
+    assert len(whole) > 180  # parts of the retina and of the night sky are flat
+    assert len(whole.unique()) > 15
     assert not torch.equal(_tokens_data.fixed_set("test", 20)[0], _tokens_data.fixed_set("validation", 20)[0])
 
 
