@@ -10,6 +10,16 @@ import sys
 from tersor.models._classification import load_by_position
 from tersor.models._super_resolution import attention_transfer, load_full_precision
 from tersor.models._timm import register_timm
+from tersor.models._tokens import token_label_loss
+from tersor.models.cf_vit import (
+    CFLVViT,
+    CFViT,
+    cf_deit_nano,
+    cf_deit_small,
+    cf_lvvit_loss,
+    cf_lvvit_small,
+    cf_vit_loss,
+)
 from tersor.models.deit import DeiT, deit_small, deit_small_nm, deit_tiny, deit_tiny_nm
 from tersor.models.dilateformer import (
     DilateFormer,
@@ -35,6 +45,15 @@ from tersor.models.resnet import (
     resnet50_quant,
 )
 from tersor.models.srresnet import SRResNet, srresnet, srresnet_tiny
+from tersor.models.super_vit import (
+    SuperLVViT,
+    SuperViT,
+    draw_subnetworks,
+    subnetwork_losses,
+    super_deit_nano,
+    super_deit_small,
+    super_lvvit_small,
+)
 from tersor.models.uformer import (
     Uformer,
     charbonnier_loss,
@@ -50,14 +69,23 @@ __all__ = [
     "EDSR",
     "PSLT",
     "RDN",
+    "CFLVViT",
+    "CFViT",
     "DeiT",
     "DilateFormer",
     "MobileNet",
     "PSLTBackbone",
     "ResNet",
     "SRResNet",
+    "SuperLVViT",
+    "SuperViT",
     "Uformer",
     "attention_transfer",
+    "cf_deit_nano",
+    "cf_deit_small",
+    "cf_lvvit_loss",
+    "cf_lvvit_small",
+    "cf_vit_loss",
     "charbonnier_loss",
     "deit_small",
     "deit_small_nm",
@@ -67,6 +95,7 @@ __all__ = [
     "dilateformer_nano",
     "dilateformer_small",
     "dilateformer_tiny",
+    "draw_subnetworks",
     "edsr_baseline",
     "edsr_tiny",
     "load_by_position",
@@ -95,6 +124,11 @@ __all__ = [
     "resnet50_quant",
     "srresnet",
     "srresnet_tiny",
+    "subnetwork_losses",
+    "super_deit_nano",
+    "super_deit_small",
+    "super_lvvit_small",
+    "token_label_loss",
     "uformer_base",
     "uformer_nano",
     "uformer_small",

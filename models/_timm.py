@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tersor.models import dilateformer, pslt, uformer
+from tersor.models import cf_vit, dilateformer, pslt, super_vit, uformer
 
 __all__: list[str] = []  # timm's register_model appends to it
 
@@ -53,5 +53,5 @@ def _entry(module: ModuleType, variant: str) -> Callable[..., nn.Module]:
     return entry
 
 
-_FAMILIES: tuple[Any, ...] = (dilateformer, pslt, uformer)
+_FAMILIES: tuple[Any, ...] = (cf_vit, dilateformer, pslt, super_vit, uformer)
 _ENTRIES = {f"tersor_{variant}": _entry(family, variant) for family in _FAMILIES for variant in family.VARIANTS}

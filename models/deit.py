@@ -13,44 +13,9 @@ from torch import Tensor, nn
 
 from tersor.models._classification import check_images
 from tersor.models._super_resolution import check_sizes
-from tersor.models.layers import DropPath, GlobalAttention, Layer, Mlp, init_linear
+from tersor.models._tokens import PatchEmbedding, TokenBlock
+from tersor.models.layers import Layer, init_linear
 from tersor.sparsity import NMLinear
-
-
-class Block(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)), over tokens ``(B, N, dim)``.
-
-    Args:
-        dim, num_heads, mlp_ratio: channels; heads; hidden channels of the MLP as a multiple of ``dim``.
-        drop_path: stochastic-depth rate of both branches.
-        linear: called like ``torch.nn.Linear``, for all four layers.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, linear: Layer = nn.Linear
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = GlobalAttention(dim, num_heads, qkv_bias=True, linear=linear)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), linear=linear)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, input: Tensor) -> Tensor:
-        tokens = self.norm1(input)[:, None]  # one row of a map
-        x = input + self.drop_path(self.attn(tokens)[:, 0])
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchEmbedding(nn.Module):
-    """Square patches to tokens: ``(B, in_chans, H, W)`` to ``(B, H W / patch_size^2, dim)``, row by row."""
-
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.proj(input).flatten(2).transpose(1, 2)
 
 
 class DeiT(nn.Module):
@@ -59,7 +24,7 @@ class DeiT(nn.Module):
     Args:
         image_size: height and width of the images, a multiple of ``patch_size``.
         patch_size: of the square patches.
-        dim, depth, num_heads, mlp_ratio: of the blocks, see :class:`Block`.
+        dim, depth, num_heads, mlp_ratio: of the blocks, see ``TokenBlock``.
         num_classes: size of the output.
         in_chans: channels of the image.
         drop_path: stochastic-depth rate of the last block; those before have evenly less.
@@ -94,7 +59,7 @@ class DeiT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.Sequential(*(Block(dim, num_heads, mlp_ratio, rate, linear) for rate in rates))
+        self.blocks = nn.Sequential(*(TokenBlock(dim, num_heads, mlp_ratio, rate, linear=linear) for rate in rates))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         self.apply(init_linear)

@@ -151,7 +151,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> T
 
 def _reference(query: Tensor, key: Tensor, average: Tensor | None, scale: float, decay: float) -> Tensor:
     dtype = accumulate_dtype(query.dtype)
-    products = torch.einsum("bhd,bnhd->bhn", query.to(dtype) * scale, key.to(dtype))
+    # Not a matrix product, whose arguments and result autocast would round.
+    products = (query.to(dtype)[:, None] * scale * key.to(dtype)).sum(3).transpose(1, 2)
     now = mean_heads(torch.softmax(products, 2)[..., 1:])
     if average is None:
         return ((1 - decay) * now).contiguous()

@@ -418,6 +418,8 @@ def test_registers_with_a_stand_in_for_timm(timm_first):
         assert model.stages[-1].blocks[-1].drop_path.rate == 0.2
         expected = {"tersor_dilateformer_" + size for size in ("tiny", "small", "base", "nano")}
         expected |= {"tersor_pslt_" + size for size in ("tiny", "base", "large")}
+        expected |= {"tersor_cf_" + size for size in ("deit_small", "lvvit_small", "deit_nano")}
+        expected |= {"tersor_super_" + size for size in ("deit_small", "lvvit_small", "deit_nano")}
         expected |= {"tersor_uformer_" + size for size in ("tiny", "small", "small_noshift", "base", "nano")}
         assert type(timm.create_model("tersor_pslt_tiny", depths=(1, 1))) is tersor.models.PSLT
         assert timm.create_model("tersor_uformer_tiny", img_size=64, modulator=False).multiple == 64

@@ -1,0 +1,132 @@
+"""The published way to compute CF-ViT and SuperViT, in eager torch: the baseline of the benchmarks.
+
+Every layer writes its attention matrix out, since a later step may ask for it. The class attention is averaged as whole
+matrices, all patches are embedded and all tokens reused before some are chosen, and chosen tokens are copied by an
+index into the flattened batch. The functions run a model's own weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tersor.models._tokens import TokenAttention, TokenBlock
+from tersor.models.cf_vit import CFViT
+from tersor.models.super_vit import SuperViT
+
+_FIRST_SCORED = 3
+_PRUNED = (3, 6, 9)
+
+
+def attention(layer: TokenAttention, input: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B, n, dim)`` to the same and to the weights ``(B, heads, n, n)``."""
+    query, key, value = layer.project(input).permute(2, 0, 3, 1, 4)  # [B, heads, n, head_dim] each
+    weights = (query @ key.transpose(-2, -1) * query.shape[3] ** -0.5).softmax(-1)
+    return layer.proj((weights @ value).transpose(1, 2).reshape(input.shape)), weights
+
+
+def select(input: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``(B, m, C)`` of ``(B, n, C)``, by rows of the flattened batch."""
+    batch, length, channels = input.shape
+    offset = torch.arange(batch, device=input.device)[:, None] * length
+    return input.reshape(batch * length, channels)[(index + offset).flatten()].view(batch, -1, channels)
+
+
+def block(layer: TokenBlock, input: Tensor) -> tuple[Tensor, Tensor]:
+    """A whole block, and its attention weights."""
+    branch, weights = attention(layer.attn, layer.norm1(input))
+    x = input + layer.drop_path(branch) * layer.scale
+    return x + layer.drop_path(layer.mlp(layer.norm2(x))) * layer.scale, weights
+
+
+# CF-ViT
+
+
+def resplit(scores: Tensor, coarse: Tensor, fine: Tensor, alpha: float = 0.5) -> Tensor:
+    """The fine pass's sequence, gathered from the coarse ``(B, 1 + N, C)`` and the fine tokens ``(B, 1 + 4 N, C)``."""
+    count = scores.shape[1]
+    side, chosen = math.isqrt(count), math.ceil(alpha * count)
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    best, rest = order[:, :chosen], order[:, chosen:]
+    first = best // side * 4 * side + best % side * 2
+    children = torch.cat([first, first + 1, first + 2 * side, first + 2 * side + 1], 1)
+    index = torch.cat([torch.zeros_like(children[:, :1]), 1 + children], 1)
+    return torch.cat([select(fine, index), select(coarse, 1 + rest)], 1)
+
+
+def fine_embedding(model: CFViT, images: Tensor, features: Tensor, position: bool = True) -> Tensor:
+    """All fine tokens ``(B, 1 + 4 N, C)``, with the coarse pass's features ``(B, 1 + N, C)`` in them."""
+    fine = model.sequence(model.patch_embed(images), None)
+    reused = model.reuse_block(features[:, 1:]).transpose(1, 2).unflatten(2, (model.grid, model.grid))
+    reused = F.interpolate(reused, scale_factor=2, mode="nearest").flatten(2).transpose(1, 2)
+    fine = fine + torch.cat([torch.zeros_like(reused[:, :1]), reused], 1)
+    return fine + model.pos_embed_list[1] if position else fine
+
+
+def cf_vit_coarse(model: CFViT, coarse_images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and embedding ``(B, 1 + N, C)``, and the average ``(B, heads, 1 + N, 1 + N)`` of the weights."""
+    embedded = model.sequence(model.patch_embed(coarse_images), model.pos_embed_list[0])
+    x, average = embedded, None
+    for number, layer in enumerate(model.blocks):
+        x, weights = block(layer, x)
+        if number >= _FIRST_SCORED:
+            average = (1 - model.decay) * weights + (0 if average is None else model.decay * average)
+    return model.norm(x), embedded, x.new_zeros(x.shape[0]) if average is None else average
+
+
+def cf_vit_fine(model: CFViT, images: Tensor, features: Tensor, embedded: Tensor, average: Tensor) -> Tensor:
+    """Logits of the fine pass."""
+    fine = fine_embedding(model, images, features, model.selection or model.position_always)
+    x = resplit(average.mean(1)[:, 0, 1:], embedded, fine, model.alpha) if model.selection else fine
+    for layer in model.blocks:
+        x, _ = block(layer, x)
+    return model.class_logits(model.norm(x))
+
+
+def cf_vit(model: CFViT, images: Tensor, coarse_images: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What ``model(images, coarse_images)`` returns in evaluation."""
+    coarse = cf_vit_coarse(model, _coarse_images(model, images, coarse_images))
+    return model.coarse_logits(coarse[0]), cf_vit_fine(model, images, *coarse)
+
+
+@torch.no_grad()
+def cf_vit_infer(model: CFViT, images: Tensor, threshold: float, coarse_images: Tensor | None = None) -> Tensor:
+    """The logits of ``model.infer(images, threshold, coarse_images)``, with boolean indices, each of which waits."""
+    coarse = cf_vit_coarse(model, _coarse_images(model, images, coarse_images))
+    logits = model.coarse_logits(coarse[0])
+    unsure = logits.softmax(1).max(1).values < threshold
+    if unsure.any():
+        logits[unsure] = cf_vit_fine(model, images[unsure], *(tensor[unsure] for tensor in coarse))
+    return logits
+
+
+def _coarse_images(model: CFViT, images: Tensor, coarse_images: Tensor | None) -> Tensor:
+    if coarse_images is not None:
+        return coarse_images
+    return F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=True)
+
+
+# SuperViT
+
+
+def pruned_block(layer: TokenBlock, input: Tensor, keep_rate: float) -> Tensor:
+    """The block that drops tokens, ``ceil(keep_rate * n)`` besides the class token are left."""
+    branch, weights = attention(layer.attn, layer.norm1(input))
+    x = input + layer.drop_path(branch) * layer.scale
+    order = torch.argsort(weights.mean(1)[:, 0, 1:], dim=1, descending=True, stable=True)
+    kept = 1 + order[:, : math.ceil(keep_rate * input.shape[1])]
+    x = select(x, torch.cat([torch.zeros_like(kept[:, :1]), kept], 1))
+    return x + layer.drop_path(layer.mlp(layer.norm2(x))) * layer.scale
+
+
+def super_vit(model: SuperViT, images: Tensor, size: int, keep_rate: float = 1.0) -> Tensor:
+    """What ``model(images, size, keep_rate)`` returns in evaluation."""
+    images = F.interpolate(images, (size, size), mode="bilinear", align_corners=True)
+    x = model.sequence(model.patch_embed(images), model.pos_embed_list[model.sizes.index(size)])
+    for number, layer in enumerate(model.blocks):
+        prune = number in _PRUNED and keep_rate != 1
+        x = pruned_block(layer, x, keep_rate) if prune else block(layer, x)[0]
+    return model.class_logits(model.norm(x))
