@@ -1,0 +1,183 @@
+"""The Triton kernels of the token operators on CPU tensors, in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so these tests need a process of their own:
+``TRITON_INTERPRET=1 python -m pytest tests/tokens/test_tokens_triton.py``. It computes bfloat16 wrongly, hence float32
+and float16 only.
+"""
+
+import importlib
+import math
+import os
+
+import pytest
+import torch
+
+import tersor
+from tersor import _backends
+from tersor._operator import REGISTRY
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a process with TRITON_INTERPRET=1, which make test starts", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity in the interpreter
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    """Every test runs on the Triton backend."""
+    torch.manual_seed(0)
+    with tersor.use_backend("triton"):
+        yield
+
+
+def call(name, *args):
+    found = getattr(torch.ops.tersor, name).default(*args)
+    return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def both(name, *args):
+    """The results of the kernel and of the reference; the kernel's are contiguous and of the same kind."""
+    assert _backends.running(name, "cpu") == "triton"
+    ours, theirs = call(name, *args), REGISTRY[name].reference(*args)
+    theirs = theirs if isinstance(theirs, (tuple, list)) else (theirs,)
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.shape == other.shape
+        assert own.dtype == other.dtype
+        assert own.is_contiguous()
+    return ours, theirs
+
+
+def check_equal(name, *args):
+    """Bit for bit, but for the signs of zeros."""
+    for own, other in zip(*both(name, *args), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0, equal_nan=True)
+
+
+def check_close(name, *args, exact=()):
+    """To a few roundings, and bit for bit the results whose places are named in ``exact``."""
+    for i, (own, other) in enumerate(zip(*both(name, *args), strict=True)):
+        tolerance = 0 if i in exact or not own.is_floating_point() else 4 * torch.finfo(own.dtype).eps
+        size = other[other.isfinite()].abs().max().clamp(min=1).item() if other.isfinite().any() else 1.0
+        torch.testing.assert_close(own, other, rtol=0, atol=tolerance * size, equal_nan=True)
+
+
+def layouts(tensor):
+    """The tensor in order, with gaps in its rows, with gaps between them, and transposed."""
+    yield tensor
+    yield torch.stack([tensor, tensor], -1)[..., 0]
+    yield torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
+    yield tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def scores_of(*shape, dtype=torch.float32):
+    """Scores with many ties, zeros of both signs, infinities and NaN."""
+    scores = torch.randint(-2, 3, shape).to(dtype)
+    scores = torch.where(torch.rand(shape) < 0.2, -0.0, scores)
+    for value in (NAN, INF, -INF):
+        scores = torch.where(torch.rand(shape) < 0.05, value, scores)
+    return scores.to(dtype)
+
+
+def permutations(batch, count):
+    return torch.rand(batch, count).argsort(1)
+
+
+def resplit_problem(batch, count, channels, chosen, dtype=torch.float32, order=None, own_cls=False):
+    """The tensors of tokens; with ``order`` the fine patches and the reused tokens are the chosen ones alone."""
+    parents = count if order is None else chosen
+    shapes = [
+        (batch, 1 + count, channels), (batch, 4 * parents, channels), (batch, parents, channels),
+        (1, 1 + 4 * count, channels), (batch if own_cls else 1, 1, channels),
+    ]  # fmt: skip
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "count", "channels", "chosen"),
+    [
+        (2, 16, 40, 9),  # two blocks of tokens forward, and of channels backward
+        (1, 1, 1, 1),
+        (3, 4, 5, 4),
+        (1, 81, 1, 41),  # more tokens than are compared at a time
+        (1, 4, 130, 1),
+        (0, 4, 8, 2),
+        (2, 4, 0, 2),
+        (35, 4, 3, 2),  # more images than a block of the backward
+    ],
+)
+def test_resplit_tokens(batch, count, channels, chosen, dtype):
+    tokens = resplit_problem(batch, count, channels, chosen, dtype, own_cls=batch == 2)
+    scores = scores_of(batch, count)
+    check_equal("resplit_tokens_forward", *tokens, scores, None, chosen)
+    ranked = torch.argsort(scores, dim=1, descending=True, stable=True)
+    grad = torch.randn(batch, 1 + 3 * chosen + count, channels).to(dtype)
+    for cls_rows in {1, batch}:
+        args = (grad, ranked, chosen, False, True, True, True, True, cls_rows)
+        check_close("resplit_tokens_backward", *args, exact=(0, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_resplit_tokens_with_an_order(dtype):
+    batch, count, channels, chosen = 2, 16, 24, 7
+    order = permutations(batch, count)
+    order[0, 2] = order[0, 12]  # one is split and stays
+    order[1, 3], order[1, 8] = 16, -5  # out of range
+    order[1, 5] = order[1, 4]  # one is split twice
+    tokens = resplit_problem(batch, count, channels, chosen, dtype, order)
+    check_equal("resplit_tokens_forward", *tokens, None, order, chosen)
+    check_equal("resplit_tokens_forward", *tokens[:2], None, None, tokens[4], None, order, chosen)
+    every = resplit_problem(batch, count, channels, chosen, dtype)
+    check_equal("resplit_tokens_forward", *every, scores_of(batch, count), order, chosen)
+    grad = torch.randn(batch, 1 + 3 * chosen + count, channels).to(dtype)
+    for selected in (True, False):
+        args = (grad, order, chosen, selected, True, True, True, True, 1)
+        check_close("resplit_tokens_backward", *args, exact=(0, 1, 2))
+
+
+def test_resplit_tokens_scores_of_any_type():
+    tokens = resplit_problem(2, 9, 8, 4)
+    for dtype in (torch.float16, torch.float64):
+        check_equal("resplit_tokens_forward", *tokens, scores_of(2, 9, dtype=dtype), None, 4)
+    close = 1 + torch.rand(2, 9, dtype=torch.float64) * 1e-12
+    check_equal("resplit_tokens_forward", *tokens, close, None, 4)
+
+
+def test_resplit_tokens_of_any_strides():
+    tokens, scores = resplit_problem(2, 16, 8, 5), scores_of(2, 16)
+    expected = call("resplit_tokens_forward", *tokens, scores, None, 5)
+    grad = torch.randn(expected[0].shape)
+    gradients = call("resplit_tokens_backward", grad, expected[1], 5, False, True, True, True, True, 1)
+    for given in zip(*map(layouts, (*tokens, scores, grad, expected[1])), strict=True):
+        *inputs, last_scores, last_grad, order = given
+        for own, other in zip(call("resplit_tokens_forward", *inputs, last_scores, None, 5), expected, strict=True):
+            assert torch.equal(own, other)
+        again = call("resplit_tokens_backward", last_grad, order, 5, False, True, True, True, True, 1)
+        assert all(torch.equal(own, other) for own, other in zip(again, gradients, strict=True))
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_resplit_tokens_gradients_that_are_wanted(selected):
+    order = permutations(3, 9)
+    grad = torch.randn(3, 1 + 12 + 9, 4)
+    names = ("coarse", "fine", "reuse", "position")
+    every = call("resplit_tokens_backward", grad, order, 4, selected, True, True, True, True, 1)
+    for name in names:
+        needs = [name == other for other in names]
+        found = call("resplit_tokens_backward", grad, order, 4, selected, *needs, 0)
+        for own, other, need in zip(found, every, (*needs, False), strict=True):
+            assert torch.equal(own, other) if need else own.numel() == 0
+    found = call("resplit_tokens_backward", grad, order, 4, selected, False, False, False, False, 3)
+    assert torch.equal(found[4], grad[:, :1])
+
+
+def test_resplit_tokens_batches_that_are_not_summed():
+    """Then programs share the batch; here over more than one of them."""
+    launcher = importlib.import_module("tersor.triton_kernels.tokens.resplit_tokens")
+    batch = launcher.SPAN + 3
+    grad, order = torch.randn(batch, 1 + 3 + 4, 2), permutations(batch, 4)
+    check_equal("resplit_tokens_backward", grad, order, 1, False, True, True, True, False, batch)
