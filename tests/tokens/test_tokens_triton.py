@@ -6,7 +6,6 @@ and float16 only.
 """
 
 import importlib
-import math
 import os
 
 import pytest
@@ -181,3 +180,66 @@ def test_resplit_tokens_batches_that_are_not_summed():
     batch = launcher.SPAN + 3
     grad, order = torch.randn(batch, 1 + 3 + 4, 2), permutations(batch, 4)
     check_equal("resplit_tokens_backward", grad, order, 1, False, True, True, True, False, batch)
+
+
+def prune_problem(batch, length, channels, dtype=torch.float32):
+    shapes = [(batch, length, channels), (batch, length, channels), (channels,), (channels,)]
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "count"),
+    [(2, 17, 40, 9), (3, 2, 1, 1), (1, 140, 7, 139), (2, 5, 130, 3), (0, 5, 8, 3), (2, 4, 0, 2)],
+)
+def test_prune_tokens(batch, length, channels, count, dtype):
+    tensors, scores = prune_problem(batch, length, channels, dtype), scores_of(batch, length - 1)
+    options = (0.7, 1e-5)
+    check_close("prune_tokens_forward", *tensors, scores, count, *options, exact=(0, 2))
+    tokens, _, index = REGISTRY["prune_tokens_forward"].reference(*tensors, scores, count, *options)
+    grads = (torch.randn(tokens.shape).to(dtype), torch.randn(tokens.shape).to(dtype))
+    for need_branch, need_parameters in ((True, True), (False, False)):
+        needs = (need_branch, need_parameters)
+        check_close("prune_tokens_backward", *grads, tokens, tensors[2], index, length, *options, *needs)
+
+
+def test_prune_tokens_reads_none_that_is_dropped():
+    tensors, scores = prune_problem(2, 6, 4), torch.rand(2, 5)
+    expected = call("prune_tokens_forward", *tensors, scores, 2, 1.0, 1e-6)
+    dropped = torch.argsort(scores, dim=1, descending=True)[:, 2:, None] + 1
+    for tensor in tensors[:2]:
+        tensor.scatter_(1, dropped.expand(-1, -1, 4), NAN)
+    for own, other in zip(call("prune_tokens_forward", *tensors, scores, 2, 1.0, 1e-6), expected, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_prune_tokens_scores_of_any_type():
+    tensors = prune_problem(2, 10, 8)
+    for scores in (scores_of(2, 9, dtype=torch.float16), 1 + torch.rand(2, 9, dtype=torch.float64) * 1e-12):
+        check_close("prune_tokens_forward", *tensors, scores, 4, 1.0, 1e-6, exact=(0, 2))
+
+
+def test_prune_tokens_of_any_strides():
+    tensors, scores = prune_problem(2, 9, 8), scores_of(2, 8)
+    expected = call("prune_tokens_forward", *tensors, scores, 5, 0.5, 1e-6)
+    tokens, _, index = expected
+    grads = [torch.randn(tokens.shape) for _ in range(2)]
+    tail = (9, 0.5, 1e-6, True, True)
+    gradients = call("prune_tokens_backward", *grads, tokens, tensors[2], index, *tail)
+    vectors = [torch.stack([t, t], -1)[..., 0] for t in tensors[2:]]
+    for given in zip(*map(layouts, (*tensors[:2], scores, *grads, tokens, index)), strict=True):
+        x, y, s, outer, grad, t, i = given
+        for own, other in zip(call("prune_tokens_forward", x, y, *vectors, s, 5, 0.5, 1e-6), expected, strict=True):
+            assert torch.equal(own, other)
+        again = call("prune_tokens_backward", outer, grad, t, vectors[0], i, *tail)
+        assert all(torch.equal(own, other) for own, other in zip(again, gradients, strict=True))
+
+
+def test_prune_tokens_too_wide_for_a_program(monkeypatch):
+    launcher = importlib.import_module("tersor.triton_kernels.tokens.prune_tokens")
+    tensors, scores = prune_problem(1, 3, 9), torch.rand(1, 2)
+    monkeypatch.setattr(launcher, "LONGEST_ROW", 8)
+    monkeypatch.setattr(launcher, "launch", None)
+    check_equal("prune_tokens_forward", *tensors, scores, 1, 1.0, 1e-6)
+    tokens, _, index = call("prune_tokens_forward", *tensors, scores, 1, 1.0, 1e-6)
+    check_equal("prune_tokens_backward", tokens, tokens, tokens, tensors[2], index, 3, 1.0, 1e-6, True, True)

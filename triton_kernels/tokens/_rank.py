@@ -25,7 +25,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 MOST = 4096  # tokens that are ranked by counting: 16 million comparisons an image; torch sorts more
 BLOCK_N = 64  # scores or indices that are compared at a time
-LONGEST_ROW = 8192  # channels, of 32 registers a thread of 256, where a row has to be in one piece
+LONGEST_ROW = 8192  # channels that a program holds in one piece: 8 of each of 1024 threads, the most there are
 # Contraction to fused multiply-add would move what is compared with the reference bit by bit.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _NAN = tl.constexpr(0x7FFFFFFF)  # the key above that of infinity
