@@ -243,3 +243,57 @@ def test_prune_tokens_too_wide_for_a_program(monkeypatch):
     check_equal("prune_tokens_forward", *tensors, scores, 1, 1.0, 1e-6)
     tokens, _, index = call("prune_tokens_forward", *tensors, scores, 1, 1.0, 1e-6)
     check_equal("prune_tokens_backward", tokens, tokens, tokens, tensors[2], index, 3, 1.0, 1e-6, True, True)
+
+
+def class_problem(batch, length, heads, head_dim, dtype=torch.float32):
+    return torch.randn(batch, heads, head_dim).to(dtype), torch.randn(batch, length, heads, head_dim).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "head_dim"),
+    [(2, 50, 3, 16), (1, 2, 1, 1), (2, 7, 5, 70), (1, 301, 3, 5), (0, 5, 2, 4)],
+)
+def test_class_scores(batch, length, heads, head_dim, dtype):
+    query, key = class_problem(batch, length, heads, head_dim, dtype)
+    average = torch.rand(batch, length - 1)
+    check_close("class_scores", query, key, None, head_dim**-0.5, 0.0)
+    check_close("class_scores", query, key, average, head_dim**-0.5, 0.99)
+    for own, other in zip(*both("class_scores", query, key, average, 0.5, 0.9), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("length", [40, 300])
+def test_class_scores_are_equal_where_keys_are(length):
+    """Equal keys have equal scores, wherever they are, as rankings are decided by that."""
+    query, key = class_problem(2, length, 6, 8)
+    key[:, length - 2] = key[:, 1]
+    key[:, length // 2] = key[:, 1]
+    (scores,) = call("class_scores", query, key, None, 0.3, 0.0)
+    assert torch.equal(scores[:, 0], scores[:, length - 3])
+    assert torch.equal(scores[:, 0], scores[:, length // 2 - 1])
+
+
+@pytest.mark.parametrize("length", [5, 300])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_class_scores_that_are_not_finite(value, length):
+    """One infinite logit, a whole row of them, and a query that makes all of a head's so."""
+    query, key = class_problem(4, length, 2, 3)
+    query[:3, :, :] = query[:3].abs()
+    key[0, length // 2, 1] = value
+    key[1, :, 0] = value
+    key[2, 1:, 1] = value
+    query[3, 0, 1] = value
+    check_close("class_scores", query, key, None, 0.5, 0.0)
+
+
+def test_class_scores_of_any_strides():
+    query, key = class_problem(2, 9, 3, 8)
+    average = torch.rand(2, 8)
+    (expected,) = call("class_scores", query, key, average, 0.5, 0.9)
+    packed = torch.randn(2, 9, 3, 3, 8)
+    packed[:, 0, 0], packed[:, :, 1] = query, key
+    q, k, _ = packed.unbind(2)
+    given = [(q[:, 0], k), *zip(layouts(query), layouts(key), strict=True)]
+    for (q, k), mean in zip(given, [average, *layouts(average)], strict=True):
+        assert torch.equal(call("class_scores", q, k, mean, 0.5, 0.9)[0], expected)
