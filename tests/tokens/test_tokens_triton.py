@@ -297,3 +297,51 @@ def test_class_scores_of_any_strides():
     given = [(q[:, 0], k), *zip(layouts(query), layouts(key), strict=True)]
     for (q, k), mean in zip(given, [average, *layouts(average)], strict=True):
         assert torch.equal(call("class_scores", q, k, mean, 0.5, 0.9)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 49), (1, 1), (2, 130), (2, 32), (0, 4)], ids=str)
+def test_rank_tokens(shape, dtype):
+    check_equal("rank_tokens", scores_of(*shape, dtype=dtype))
+    check_equal("rank_tokens", torch.randn(shape).to(dtype))
+
+
+def test_rank_tokens_of_any_strides_and_numbers(monkeypatch):
+    scores = scores_of(3, 20)
+    (expected,) = call("rank_tokens", scores)
+    for given in (*layouts(scores), scores[:1].expand(3, 20)[:, 4:]):
+        check_equal("rank_tokens", given)
+    tiny = torch.tensor([[0.0, 1e-45, -1e-45, -0.0, 1e-38, 3.4e38, -3.4e38, INF, -INF, NAN, -NAN]])
+    check_equal("rank_tokens", tiny)
+    monkeypatch.setattr(importlib.import_module("tersor.triton_kernels.tokens._rank"), "MOST", 19)
+    monkeypatch.setattr(importlib.import_module("tersor.triton_kernels.tokens.rank_tokens"), "launch", None)
+    assert torch.equal(call("rank_tokens", scores)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "count"),
+    [(2, 17, 40, 9), (1, 1, 1, 3), (3, 100, 5, 70), (1, 3, 600, 2), (2, 5, 4, 0), (0, 3, 4, 2), (2, 3, 0, 2)],
+)
+def test_gather_tokens(batch, length, channels, count, dtype):
+    """With tokens that come several times."""
+    tokens, grad = torch.randn(batch, length, channels).to(dtype), torch.randn(batch, count, channels).to(dtype)
+    index = torch.randint(0, length, (batch, count))
+    check_equal("gather_tokens_forward", tokens, index)
+    check_equal("gather_tokens_backward", grad, index, length)
+
+
+def test_gather_tokens_out_of_range():
+    index = torch.tensor([[0, 3, -1, 2**40, -(2**40), 2**32 + 1, 1]])
+    check_equal("gather_tokens_forward", torch.randn(1, 3, 4), index)
+    check_equal("gather_tokens_backward", torch.randn(1, 7, 4), index, 3)
+    check_equal("gather_tokens_forward", torch.randn(1, 0, 4), index)
+    check_equal("gather_tokens_backward", torch.randn(1, 7, 4), index, 0)
+
+
+def test_gather_tokens_of_any_strides():
+    tokens, index, grad = torch.randn(2, 9, 8), torch.randint(0, 9, (2, 12)), torch.randn(2, 12, 8)
+    expected = *call("gather_tokens_forward", tokens, index), *call("gather_tokens_backward", grad, index, 9)
+    for x, i, g in zip(*map(layouts, (tokens, index, grad)), strict=True):
+        assert torch.equal(call("gather_tokens_forward", x, i)[0], expected[0])
+        assert torch.equal(call("gather_tokens_backward", g, i, 9)[0], expected[1])

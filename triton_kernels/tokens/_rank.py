@@ -32,25 +32,28 @@ _NAN = tl.constexpr(0x7FFFFFFF)  # the key above that of infinity
 
 
 @triton.jit
-def _sort_keys(scores):
-    """Whole numbers in the order of the scores: NaN above all, and -0.0 equal to 0.0."""
+def _sort_keys(scores, place):
+    """Whole numbers in the order of rank, the first one greatest, of which no two are equal.
+
+    NaN is above all, -0.0 equal to 0.0, and of equal scores the lower place comes first.
+    """
     value = scores.to(tl.float32)
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    return tl.where(value == value, tl.where(bits < 0, bits ^ _NAN, bits), _NAN)
+    key = tl.where(value == value, tl.where(bits < 0, bits ^ _NAN, bits), _NAN)
+    return (key.to(tl.int64) << 32) - place
 
 
 @triton.jit
 def count_ranks(scores, stride, token, count, BLOCK_N: tl.constexpr):
-    """How many of a row of ``count`` scores come before those of ``token``: the higher ones, and equal ones before."""
+    """How many of a row of ``count`` scores come before those of ``token``."""
     stride = tl.cast(stride, tl.int64)
-    own = _sort_keys(tl.load(scores + token * stride, mask=(token >= 0) & (token < count), other=0.0))
+    own = _sort_keys(tl.load(scores + token * stride, mask=(token >= 0) & (token < count), other=0.0), token)
     total = tl.zeros(token.shape, tl.int32)
     for begin in range(0, count, BLOCK_N):
         rival = begin + tl.arange(0, BLOCK_N)
-        keys = _sort_keys(tl.load(scores + rival * stride, mask=rival < count, other=float("-inf")))
-        ahead = keys[None, :] > own[:, None]
-        ahead = ahead | ((keys[None, :] == own[:, None]) & (rival[None, :] < token[:, None]))
-        total += tl.sum(ahead.to(tl.int32), axis=1)
+        keys = _sort_keys(tl.load(scores + rival * stride, mask=rival < count, other=float("-inf")), rival)
+        # Counted in float32: of whole numbers LLVM makes bytes, and puts them on the stack.
+        total += tl.sum((keys[None, :] > own[:, None]).to(tl.float32), axis=1).to(tl.int32)
     return total
 
 
