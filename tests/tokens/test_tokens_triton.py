@@ -345,3 +345,98 @@ def test_gather_tokens_of_any_strides():
     for x, i, g in zip(*map(layouts, (tokens, index, grad)), strict=True):
         assert torch.equal(call("gather_tokens_forward", x, i)[0], expected[0])
         assert torch.equal(call("gather_tokens_backward", g, i, 9)[0], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size", "count"),
+    [
+        ((2, 2, 6, 4), 2, 5),
+        ((1, 3, 28, 14), 14, 3),
+        ((3, 1, 3, 3), 1, 4),
+        ((2, 1, 32, 32), 16, 4),
+        ((0, 3, 4, 4), 2, 3),
+    ],
+)
+def test_gather_patches(shape, size, count, dtype):
+    batch, channels, height, width = shape
+    patches, length = height // size * (width // size), channels * size**2
+    images = torch.randn(shape).to(dtype)
+    index = torch.randint(0, patches, (batch, count))
+    check_equal("gather_patches_forward", images, index, None, size)
+    check_equal("gather_patches_backward", torch.randn(batch, count, length).to(dtype), index, None, size, shape)
+    rows = torch.randint(0, max(batch, 1), (batch + 3 if batch else 0,))
+    index = torch.randint(0, patches, (len(rows), count))
+    check_equal("gather_patches_forward", images, index, rows, size)
+    check_equal("gather_patches_backward", torch.randn(len(rows), count, length).to(dtype), index, rows, size, shape)
+
+
+def test_gather_patches_out_of_range():
+    images, shape = torch.randn(2, 2, 4, 6), (2, 2, 4, 6)
+    index = torch.tensor([[0, 6, -1, 5], [2**40, 2, -(2**40), 2**32], [1, 2, 3, 1], [0, 1, 2, 3]])
+    rows, grad = torch.tensor([1, 1, -1, 2]), torch.randn(4, 4, 8)
+    check_equal("gather_patches_forward", images, index, rows, 2)
+    check_equal("gather_patches_backward", grad, index, rows, 2, shape)
+    check_equal("gather_patches_forward", images, index[:2], None, 2)
+    check_equal("gather_patches_backward", grad[:2], index[:2], None, 2, shape)
+
+
+def test_gather_patches_of_any_strides():
+    images, index, rows = torch.randn(2, 3, 8, 8), torch.randint(0, 4, (3, 5)), torch.tensor([1, 0, 1])
+    grad = torch.randn(3, 5, 48)
+    expected = call("gather_patches_forward", images, index, rows, 4)[0]
+    gradient = call("gather_patches_backward", grad, index, rows, 4, images.shape)[0]
+    forms = [*layouts(images), images.to(memory_format=torch.channels_last)]
+    for x, i, g in zip(forms, [*layouts(index), index], [*layouts(grad), grad], strict=True):
+        assert torch.equal(call("gather_patches_forward", x, i, rows.repeat_interleave(2)[::2], 4)[0], expected)
+        assert torch.equal(call("gather_patches_backward", g, i, rows, 4, images.shape)[0], gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("shape", [(5, 10), (1, 1), (70, 3), (0, 4), (3, 1100)], ids=str)
+def test_compact_unsure(shape, alone, dtype, monkeypatch):
+    """In one launch and in two, with images of NaN, of infinities, and of one class alone."""
+    monkeypatch.setattr(importlib.import_module("tersor.triton_kernels.tokens.compact_unsure"), "ALONE", alone * 2**20)
+    logits = (torch.randn(shape) * 3).to(dtype)
+    for threshold in (0.0, 0.6, 1.0):
+        check_equal("compact_unsure", logits, threshold)
+    if shape[0] > 2:
+        logits[0, -1], logits[1, 0], logits[2] = NAN, INF, -INF
+        logits[-1, 1:] = -INF
+        check_equal("compact_unsure", logits, 0.6)
+        for given in layouts(logits):
+            check_equal("compact_unsure", given, 0.6)
+
+
+def test_compact_unsure_is_strict(monkeypatch):
+    """A confidence that equals the threshold is sure, and more images than are counted at a time keep their order."""
+    monkeypatch.setattr(importlib.import_module("tersor.triton_kernels.tokens.compact_unsure"), "IMAGES", 32)
+    logits = torch.tensor([[1.0, 1.0], [1.0, 2.0], [0.0, 0.0]]).repeat(30, 1)
+    check_equal("compact_unsure", logits, 0.5)
+    check_equal("compact_unsure", logits, 0.51)
+    check_equal("compact_unsure", logits.half(), 0.51)
+
+
+def test_rerun_is_bitwise_the_same():
+    tokens, scores = resplit_problem(3, 9, 8, 4), scores_of(3, 9)
+    _, order = call("resplit_tokens_forward", *tokens, scores, None, 4)
+    pruned, summands = prune_problem(2, 9, 8), scores_of(2, 8)
+    kept, _, index = call("prune_tokens_forward", *pruned, summands, 5, 1.0, 1e-6)
+    for name, *args in (
+        ("resplit_tokens_forward", *tokens, scores, None, 4),
+        ("resplit_tokens_backward", torch.randn(3, 22, 8), order, 4, False, True, True, True, True, 1),
+        ("prune_tokens_forward", *pruned, summands, 5, 1.0, 1e-6),
+        ("prune_tokens_backward", *torch.randn(2, 2, 6, 8), kept, pruned[2], index, 9, 1.0, 1e-6, True, True),
+        ("class_scores", *class_problem(2, 9, 3, 8), None, 0.3, 0.0),
+        ("gather_tokens_backward", torch.randn(2, 12, 4), torch.randint(0, 3, (2, 12)), 3),
+    ):
+        for own, other in zip(call(name, *args), call(name, *args), strict=True):
+            torch.testing.assert_close(own, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_operator_of_the_family_runs_here():
+    """``resize_align_corners`` has no operator of its own."""
+    names = [name for name, op in REGISTRY.items() if op.place.startswith("tokens/")]
+    assert names
+    assert {_backends.running(name, "cpu") for name in names} == {"triton"}
