@@ -27,10 +27,12 @@ DTYPES = [torch.float32, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _triton():
-    """Every test runs on the Triton backend."""
+    """Every test runs on the Triton backend, in memory that is filled with NaN, which no result may keep."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # which fills it
     with tersor.use_backend("triton"):
         yield
+    torch.use_deterministic_algorithms(False)
 
 
 def call(name, *args):
@@ -440,3 +442,41 @@ def test_every_operator_of_the_family_runs_here():
     names = [name for name, op in REGISTRY.items() if op.place.startswith("tokens/")]
     assert names
     assert {_backends.running(name, "cpu") for name in names} == {"triton"}
+
+
+def test_mismatched_tensors_are_refused():
+    """The public functions check before; the operators themselves must not read outside a tensor either."""
+    tokens, order = resplit_problem(2, 4, 3, 2), permutations(2, 4)
+    for i in range(5):
+        bad = [*tokens[:i], tokens[i][..., :2], *tokens[i + 1 :]]
+        with pytest.raises(ValueError, match="must be"):
+            call("resplit_tokens_forward", *bad, torch.rand(2, 4), None, 2)
+    grad, pruned = torch.randn(2, 11, 3), prune_problem(2, 4, 3)
+    refused = [
+        ("resplit_tokens_forward", *tokens, torch.rand(2, 3), None, 2),
+        ("resplit_tokens_forward", *tokens, torch.rand(2, 4), order[:1], 2),
+        ("resplit_tokens_forward", *tokens, torch.rand(2, 4), None, 5),
+        ("resplit_tokens_backward", grad[:, 1:], order, 2, False, True, True, True, True, 1),
+        ("resplit_tokens_backward", grad, order, 2, False, True, True, True, True, 3),
+        ("prune_tokens_forward", *pruned, torch.rand(2, 3), 4, 1.0, 1e-6),
+        ("prune_tokens_forward", *pruned[:3], pruned[3][:2], torch.rand(2, 3), 2, 1.0, 1e-6),
+        ("prune_tokens_backward", *pruned[:2], pruned[0], pruned[2], order[:, :3], 5, 1.0, 1e-6, True, True),
+        ("class_scores", torch.randn(2, 3, 4), torch.randn(2, 5, 3, 5), None, 1.0, 0.0),
+        ("class_scores", torch.randn(2, 3, 4), torch.randn(2, 5, 3, 4), torch.rand(2, 5), 1.0, 0.0),
+        ("gather_tokens_forward", pruned[0], order[:1]),
+        ("gather_tokens_backward", pruned[0], order[:, :3], 4),
+        ("gather_patches_forward", torch.randn(2, 1, 4, 4), order, None, 3),
+        ("gather_patches_forward", torch.randn(2, 1, 4, 4), order, torch.tensor([0]), 2),
+        ("gather_patches_backward", torch.randn(2, 4, 3), order, None, 2, (2, 1, 4, 4)),
+    ]
+    for name, *args in refused:
+        with pytest.raises(ValueError, match=r"must (be|have)"):
+            call(name, *args)
+
+
+def test_float64_is_refused_by_the_kernels_and_runs_on_the_reference():
+    launcher = importlib.import_module("tersor.triton_kernels.tokens.gather_tokens")
+    tokens, index = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([[0, 2], [1, 1]])
+    with pytest.raises(TypeError, match=r"float16, bfloat16 and float32, got torch\.float64"):
+        launcher.gather_tokens_forward(tokens, index)
+    check_equal("gather_tokens_forward", tokens, index)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tersor.triton_kernels.tokens._rank import ITEMSIZES, OPTIONS, Case, block_of, check, launch, signature_of
 
-LONGEST, BLOCK_D = 256, 64  # of a tile of keys
-EACH = 64  # elements of a tile to a thread
+LONGEST = 256  # tokens of a tile of keys
+BLOCK_D, EACH = (64, 16), (64, 16)  # its width, and elements to a thread: of whole vectors, and where each is a load
 
 _STRIDES = ["query_b", "query_h", "key_b", "key_n", "key_h", "average_b", "average_n"]
 _SIZES = ["length", "heads"]
@@ -74,7 +74,7 @@ def _whole_kernel(
             query, key, image, head, n, query_b, query_h, key_b, key_n, key_h, length, scale, HEAD_DIM, VECTOR, BLOCK_D
         )
         weight = tl.exp(logit - tl.max(logit, axis=0))  # NaN and inf need no care: any of them makes the sum NaN
-        total += tl.div_rn(weight, tl.sum(weight, axis=0) + tl.zeros_like(weight))
+        total += tl.div_rn(weight, tl.sum(weight, axis=0))
     _store(output, average, image, n, total, average_b, average_n, length, heads, decay, rest)
 
 
@@ -116,7 +116,7 @@ def _blocks_kernel(
             )  # fmt: skip
             maximum = tl.sum(tl.where(which == head, maxima, 0.0), axis=0)
             total = tl.sum(tl.where(which == head, sums, 0.0), axis=0)
-            result += tl.div_rn(tl.exp(logit - maximum), total + tl.zeros_like(logit))
+            result += tl.div_rn(tl.exp(logit - maximum), total)
         _store(output, average, image, n, result, average_b, average_n, length, heads, decay, rest)
 
 
@@ -146,13 +146,14 @@ def class_scores(query: Tensor, key: Tensor, average: Tensor | None, scale: floa
 
 def _plan(length: int, heads: int, head_dim: int, vector: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel for these sizes, its constants and options."""
-    block_n, block_d = block_of(length, LONGEST), block_of(head_dim, BLOCK_D)
+    alone = vector < 4
+    block_n, block_d = block_of(length, LONGEST), block_of(head_dim, BLOCK_D[alone])
     constants = {"HEAD_DIM": head_dim, "VECTOR": vector, "BLOCK_N": block_n, "BLOCK_D": block_d}
-    options = OPTIONS | {"num_warps": max(1, block_n * block_d // EACH // 32)}
+    options = OPTIONS | {"num_warps": max(1, block_n * block_d // EACH[alone] // 32)}
     if length <= LONGEST:
         return _whole_kernel, constants, options
     # The compiler would rather spill 8 bytes than take more than 64 registers.
-    return _blocks_kernel, constants | {"BLOCK_H": triton.next_power_of_2(heads)}, options | {"maxnreg": 128}
+    return _blocks_kernel, constants | {"BLOCK_H": triton.next_power_of_2(heads)}, options | {"maxnreg": 144}
 
 
 def ahead_of_time_cases() -> Iterator[Case]:

@@ -49,7 +49,7 @@ def _mark(
         # NaN and inf make the sum NaN, and the image unsure, as with torch's softmax.
         total = total * tl.exp(maximum - base) + tl.sum(tl.exp(value - base[:, None]), axis=1)
         maximum = greatest
-    sure = (tl.div_rn(total * 0.0 + 1.0, total) >= threshold) & (maximum > float("-inf"))
+    sure = (tl.div_rn(1.0, total) >= threshold) & (maximum > float("-inf"))
     tl.store(marks + image, (sure | (image >= batch)).to(tl.uint8), mask=image < words * WORD)
 
 
@@ -127,6 +127,6 @@ def ahead_of_time_cases() -> Iterator[Case]:
         kinds = {"logits": f"*{name}:16", "marks": "*u8:16", "threshold": "fp32"}
         kinds |= {"index": "*i64:16", "count": "*i64:16"}
         yield _mark_kernel, f"{name} 1000 classes", signature_of(_mark_kernel, own, kinds), own, WARPS
-        own |= {"IMAGES": IMAGES} | ({"logits": None} if name == "fp32" else {})
+        own = own | {"IMAGES": IMAGES} | ({"logits": None} if name == "fp32" else {})
         label = "marked already" if name == "fp32" else f"{name} 1000 classes"
         yield _compact_kernel, label, signature_of(_compact_kernel, own, kinds), own, WARPS

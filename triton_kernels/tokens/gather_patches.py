@@ -82,7 +82,7 @@ def _add_row(
     """Adds what row ``m`` of the index names of these patches."""
     entries = index + m * index_m + tl.arange(0, 1)
     every = tl.arange(0, 1) == 0
-    wanted = tl.where(present, patch, -1).to(tl.int64)
+    wanted = patch.to(tl.int64)
     place, copies = find(entries, index_j, wanted, patch * 0 - 1, every, count, BLOCK_N)
     most = tl.max(tl.where(present, copies, 0), axis=0)
     for copy in range(most):

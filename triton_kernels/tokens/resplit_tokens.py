@@ -1,4 +1,4 @@
-"""CF-ViT's coarse-to-fine step on GPUs: one launch in each direction, and nothing is read or written twice.
+"""CF-ViT's coarse-to-fine step on GPUs: one launch in each direction, which reads and writes each row once.
 
 Forward, a program owns some coarse tokens of an image. It counts their ranks and writes their rows where these say:
 four of a token that is split, one of a token that is not. Per image it reads the 4k rows of fine patches that are
@@ -8,7 +8,9 @@ rows, and writes 1 + 3k + N: with k = 25 of N = 49 these are 274 rows, as the le
 Backward, a program owns one coarse token and some channels, and goes through the batch a block of images at a time,
 finding the token's rank in each: it writes all that the token receives, zeros too, and adds up the position table's
 gradients in registers. An image's place in its block decides which sum it goes into; the sums are added up at the end.
-No atomics. Where no sum over the batch is asked for, other programs have the rest of the batch.
+No atomics. Where no sum over the batch is asked for, other programs have the rest of the batch. With a given order the
+gradients of the fine patches and of reuse lie in the order of rank: a program writes those of one rank, besides, and
+the rows that were split are read once more for the position table.
 """
 
 # A jitted function annotates its constants only.
@@ -300,6 +302,8 @@ def resplit_tokens_backward(
     check("resplit_tokens", grad_tokens, grad_tokens=(grad_tokens, (batch, 1 + 3 * chosen + count, channels)))
     check_index("resplit_tokens", (batch, count), order=order)
     side = _check_counts(count, chosen)
+    if cls_rows not in (0, 1, batch):
+        raise ValueError(f"resplit_tokens: cls_rows must be 0, 1 or {batch}, got {cls_rows}")
     parents = chosen if selected else count
     shapes: list[Any] = [
         (batch, 1 + count, channels) if need_coarse else None,
