@@ -128,6 +128,23 @@ TERSOR_INLINE uint32_t to_bits(typename Simd<A>::Mask mask) {
 #endif
 }
 
+// The sum of all lanes, always in the same order.
+TERSOR_INLINE float total(Vec<float> v) {
+#if TERSOR_ISA_LEVEL == 2
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0;
+  for (int i = 0; i < Simd<float>::lanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+TERSOR_INLINE double total(Vec<double> v) {
+  double sum = 0;
+  for (int i = 0; i < Simd<double>::lanes; ++i) sum += v[i];
+  return sum;
+}
+
 // exp to 2 units in the last place; NaN stays NaN, underflow gives 0, overflow infinity.
 TERSOR_INLINE Vec<float> exp(Vec<float> x) {
 #if TERSOR_ISA_LEVEL == 2

@@ -35,11 +35,17 @@ def select(input: Tensor, index: Tensor) -> Tensor:
     return input.reshape(batch * length, channels)[(index + offset).flatten()].view(batch, -1, channels)
 
 
+def add(layer: TokenBlock, input: Tensor, branch: Tensor) -> Tensor:
+    """The residual sum; DeiT's code has no factor in it."""
+    branch = layer.drop_path(branch)
+    return input + (branch if layer.scale == 1 else branch * layer.scale)
+
+
 def block(layer: TokenBlock, input: Tensor) -> tuple[Tensor, Tensor]:
     """A whole block, and its attention weights."""
     branch, weights = attention(layer.attn, layer.norm1(input))
-    x = input + layer.drop_path(branch) * layer.scale
-    return x + layer.drop_path(layer.mlp(layer.norm2(x))) * layer.scale, weights
+    x = add(layer, input, branch)
+    return add(layer, x, layer.mlp(layer.norm2(x))), weights
 
 
 # CF-ViT
@@ -115,11 +121,11 @@ def _coarse_images(model: CFViT, images: Tensor, coarse_images: Tensor | None) -
 def pruned_block(layer: TokenBlock, input: Tensor, keep_rate: float) -> Tensor:
     """The block that drops tokens, ``ceil(keep_rate * n)`` besides the class token are left."""
     branch, weights = attention(layer.attn, layer.norm1(input))
-    x = input + layer.drop_path(branch) * layer.scale
+    x = add(layer, input, branch)
     order = torch.argsort(weights.mean(1)[:, 0, 1:], dim=1, descending=True, stable=True)
     kept = 1 + order[:, : math.ceil(keep_rate * input.shape[1])]
     x = select(x, torch.cat([torch.zeros_like(kept[:, :1]), kept], 1))
-    return x + layer.drop_path(layer.mlp(layer.norm2(x))) * layer.scale
+    return add(layer, x, layer.mlp(layer.norm2(x)))
 
 
 def super_vit(model: SuperViT, images: Tensor, size: int, keep_rate: float = 1.0) -> Tensor:

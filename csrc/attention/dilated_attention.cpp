@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "last_dim.h"
 
 namespace tersor::dilated_attention {
 
@@ -63,10 +64,6 @@ struct Free {
 
 View view_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-Tensor last_dim_contiguous(const Tensor& t) {
-  return t.size(4) == 1 || t.stride(4) == 1 ? t : torch::stable::contiguous(t);
 }
 
 // What Python has checked already, once more where memory depends on it.

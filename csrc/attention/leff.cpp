@@ -15,6 +15,7 @@
 
 #include "arena.h"
 #include "attention/leff.h"
+#include "last_dim.h"
 #include "memory.h"
 
 #define TERSOR_BODY "attention/leff_kernels.h"
@@ -43,10 +44,6 @@ Maybe take(const Tensor& input, const Maybe& tensor, const char* name, std::init
   for (const int64_t size : shape) same = same && tensor->size(i++) == size;
   STD_TORCH_CHECK(same, name, " must be a CPU tensor of input's dtype with a shape that fits input and weights");
   return torch::stable::contiguous(*tensor);
-}
-
-Tensor last_dim_contiguous(const Tensor& t) {
-  return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
 }
 
 View view_of(const Tensor& t) {

@@ -13,6 +13,7 @@
 
 #include "arena.h"
 #include "attention/window_attention.h"
+#include "last_dim.h"
 #include "memory.h"
 
 #define TERSOR_BODY "attention/window_attention_kernels.h"
@@ -33,10 +34,6 @@ constexpr int64_t GRAIN = 4;  // windows of a head: about 20 us
 
 View view_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-Tensor last_dim_contiguous(const Tensor& t) {
-  return t.size(4) == 1 || t.stride(4) == 1 ? t : torch::stable::contiguous(t);
 }
 
 template <class A>

@@ -9,16 +9,6 @@ using namespace ::tersor::TERSOR_ISA;
 constexpr int64_t SPAN = 4096;  // elements of a row whose offsets are found at a time
 constexpr int64_t AHEAD = 4096;  // bytes of values asked for early: the hardware stops at the end of each page
 
-TERSOR_INLINE float total(Vec<float> v) {
-#if TERSOR_ISA_LEVEL == 2
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float sum = 0;
-  for (int i = 0; i < Simd<float>::lanes; ++i) sum += v[i];
-  return sum;
-#endif
-}
-
 // Elements x[offset] of a column.
 TERSOR_INLINE Vec<float> take(const float* x, const uint16_t* offsets) {
 #if TERSOR_ISA_LEVEL == 2

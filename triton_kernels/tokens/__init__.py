@@ -1,0 +1,1 @@
+"""Choosing, splitting and dropping the tokens of a vision transformer."""
