@@ -16,7 +16,7 @@ from tersor.models._textures import NAMES, cut, evened, pictures, turned
 
 SIDE, PATCH = 96, 16  # pixels of an image, and of a patch of the networks
 CELL = 64  # pixels of a cell, and of the largest window
-SMALLEST = 40  # pixels of the smallest window
+SMALLEST = 24  # pixels of the smallest window
 PARTS = ("train", "validation", "test")
 
 

@@ -42,7 +42,7 @@ class Config:
 
     method: str
     seed: int = 0
-    epochs: int = 7
+    epochs: int = 6
     iterations: int = 100
     batch_size: int = 64
     width: int = 64

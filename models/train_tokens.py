@@ -103,7 +103,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tersor.models.train_tokens", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--epochs", type=between(1, 10_000), default=7, help="of every run (default 7)")
+    add("--epochs", type=between(1, 10_000), default=6, help="of every run (default 6)")
     add("--iterations", type=between(1, 1_000_000), default=100, help="steps per epoch (default 100)")
     add("--batch-size", type=between(2, 4096), default=64, help="images per step (default 64)")
     add("--width", type=between(4, 1024), default=64, help="channels, a multiple of 4, the heads (default 64)")
