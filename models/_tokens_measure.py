@@ -22,6 +22,7 @@ KEEP_RATES = (0.5, 0.7, 1.0)
 PRUNED = (3, 6, 9)  # blocks of SuperViT, counted from 0
 SPLIT = 0.5  # share of CF-ViT's coarse tokens
 BATCH, BATCHES = 64, 8  # images that are timed
+CHUNK = 250  # images that are judged at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def judge(config: Config, model: Any) -> list[dict[str, Any]]:
         for part in ("validation", "test"):
             right = fine = 0
             images, labels = _tokens_data.fixed_set(part, config.test_images)
-            for some, truth in zip(images.split(250), labels.split(250), strict=True):
+            for some, truth in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
                 logits, unsure = setting.run(model, some.to(config.device))
                 right, fine = right + int((logits.argmax(1).cpu() == truth).sum()), fine + unsure
             point[part] = 100 * right / len(labels)
@@ -197,11 +198,9 @@ class Sample(NamedTuple):
 def samples(config: Config, model: CFViT, threshold: float, count: int = 6) -> list[Sample]:
     """The first test images that leave early, then the first that do not: up to ``count`` of each."""
     images, labels = _tokens_data.fixed_set("test", config.test_images)
-    images = images[:250].to(config.device)
+    images = images[:CHUNK].to(config.device)
     found, first = model.infer(images, threshold), model.infer(images, 0.0).logits.argmax(1)
-    scores = model.coarse_pass(model.check_images(images, None)).scores
-    assert scores is not None  # selection is on
-    order = rank_tokens(scores)[:, : math.ceil(SPLIT * scores.shape[1])]
+    order = _split(model, images)
     sure = (~found.unsure).nonzero().flatten().tolist()[:count]
     return [
         Sample(
@@ -215,3 +214,21 @@ def samples(config: Config, model: CFViT, threshold: float, count: int = 6) -> l
         )
         for i in (*sure, *found.unsure.nonzero().flatten().tolist()[:count])
     ]
+
+
+@torch.no_grad()
+def coverage(config: Config, model: CFViT) -> float:
+    """The share of the windows' pixels that is in the coarse tokens which would be split; mean of the test images."""
+    shares = []
+    for images in _tokens_data.fixed_set("test", config.test_images)[0].split(CHUNK):
+        inside = images.ne(0).float().unfold(2, 32, 32).unfold(3, 32, 32).sum((1, 4, 5)).flatten(1)  # pixels by token
+        split = inside.gather(1, _split(model, images.to(config.device)).cpu()).sum(1)
+        shares += (split / inside.sum(1))[inside.sum(1) > 0].tolist()  # some windows are flat
+    return statistics.fmean(shares)
+
+
+def _split(model: CFViT, images: Tensor) -> Tensor:
+    """The coarse tokens ``(B, k)`` that the fine pass would replace, by falling class attention."""
+    scores = model.coarse_pass(model.check_images(images, None)).scores
+    assert scores is not None  # selection is on
+    return rank_tokens(scores)[:, : math.ceil(SPLIT * scores.shape[1])]

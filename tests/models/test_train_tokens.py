@@ -45,7 +45,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert train_tokens.main([*arguments, "--resume"]) == 0
     assert [state.stat().st_mtime_ns for state in states] == before  # what was finished is not trained again
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
-    assert set(results) == {"about", "options", "backends", "threshold of the samples", *METHODS}
+    assert set(results) == {"about", "options", "backends", "threshold of the samples", "coverage", *METHODS}
     assert results["threshold of the samples"] in THRESHOLDS
     for method in METHODS:
         assert len(results[method]) == 2
@@ -185,6 +185,18 @@ def test_samples(tmp_path: Path) -> None:
         assert (sample.confidence < threshold) == sample.unsure
         assert len(set(sample.split)) == (5 if sample.unsure else 0)
         assert sample.unsure or sample.first == sample.last
+
+
+def test_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config("CF-ViT", **SMALL)
+    model: Any = train(config, tmp_path)[0]
+    images = torch.zeros(3, 1, 96, 96)  # the third is flat: not counted
+    images[0, 0, :32, :64] = 1  # coarse tokens 0 and 1
+    images[1, 0, 64:, 72:] = 1  # coarse token 8
+    monkeypatch.setattr(_tokens_data, "fixed_set", lambda part, count: (images, torch.zeros(3)))
+    for split, expected in (([0, 1, 2, 3, 8], 1.0), ([0, 5, 6, 7, 8], 0.75), ([1, 2, 3, 4, 5], 0.25)):
+        monkeypatch.setattr(_tokens_measure, "_split", lambda *_, split=split: torch.tensor([split] * 3))
+        assert _tokens_measure.coverage(config, model) == expected
 
 
 def test_frontier() -> None:
