@@ -30,27 +30,26 @@ def apply_linear(
     one call of oneDNN, without passes of their own for what follows; MKL, which ``torch.nn.Linear`` calls there,
     reaches 140 GFLOP/s on two Zen 4 cores where oneDNN reaches 200.
     """
-    parameter: Any = layer.weight
-    weight: Any = parameter
-    bias: Any = layer.bias
-    plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
-    if plain and outputs is not None:
-        weight, bias = weight[outputs], None if bias is None else bias[outputs]
-    if plain and _is_one_call(input, parameter, bias):
-        if residual is not None and residual.dtype == torch.float32 and not gelu:
-            return torch.ops.mkldnn._linear_pointwise.binary(input, residual, weight, bias, "add")
-        output = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "gelu" if gelu else "none", [], "none")
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        output = layer(input) if outputs is None else layer(input)[..., outputs]
+        one_call = False
     else:
-        if outputs is None:
-            output = layer(input)
+        weight, bias = layer.weight, layer.bias
+        one_call = _is_one_call(input, weight, bias)
+        if outputs is not None:
+            weight, bias = weight[outputs], None if bias is None else bias[outputs]
+        if one_call and residual is not None and not gelu and residual.shape == (*input.shape[:-1], weight.shape[0]):
+            return torch.ops.mkldnn._linear_pointwise.binary(input, residual.contiguous(), weight, bias, "add")
+        if one_call:
+            output = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "gelu" if gelu else "none", [], "none")
         else:
-            output = F.linear(input, weight, bias) if plain else layer(input)[..., outputs]
-        output = F.gelu(output) if gelu else output
+            output = F.linear(input, weight, bias)
+    output = F.gelu(output) if gelu and not one_call else output
     return output if residual is None else residual + output
 
 
 def _is_one_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether only numbers are wanted, of plain float32 tensors, and this torch has the call."""
+    """Whether only numbers are wanted, of plain float32 tensors that fit, and this torch has the call."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return bool(
@@ -58,6 +57,8 @@ def _is_one_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and input.dtype == weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
         and type(weight) is nn.Parameter
+        and input.dim() > 0
+        and input.shape[-1] == weight.shape[1]
         and input.numel() > 0
         and not is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
