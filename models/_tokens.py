@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tersor import class_attention_qkvpacked, gather_patches, prune_tokens, window_attention_qkvpacked
 from tersor._checks import as_int, check_floating
 from tersor.models._super_resolution import check_sizes
-from tersor.models.layers import DropPath, Layer, Mlp, init_linear
+from tersor.models.layers import DropPath, Layer, Mlp, apply_linear, init_linear
 
 Box = tuple[int, int, int, int]  # of patches: first row, first column, and those behind the last ones
 NO_BOX: Box = (0, 0, 0, 0)
@@ -41,17 +41,35 @@ class TokenAttention(nn.Module):
         self.qkv = linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = linear(dim, dim)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.proj(attend(self.project(input)).flatten(2))
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """With ``residual`` the sum of both."""
+        return apply_linear(self.proj, attend(self.project(input)).flatten(2), residual=residual)
 
-    def scored(self, input: Tensor, average: Tensor | None = None, decay: float = 0.0) -> tuple[Tensor, Tensor]:
+    def scored(
+        self, input: Tensor, average: Tensor | None = None, decay: float = 0.0, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Also the class token's attention to the others, see :func:`tersor.class_attention_ema`."""
         output, scores = class_attention_qkvpacked(self.project(input), average, decay)
-        return self.proj(output.flatten(2)), scores
+        return apply_linear(self.proj, output.flatten(2), residual=residual), scores
 
     def project(self, input: Tensor) -> Tensor:
         """``(B, n, dim)`` to query, key and value, ``(B, n, 3, heads, head_dim)``."""
-        return self.qkv(input).unflatten(2, (3, self.num_heads, -1))
+        return apply_linear(self.qkv, input).unflatten(2, (3, self.num_heads, -1))
+
+    def queries(self, input: Tensor) -> Tensor:
+        """``(B, m, dim)`` to ``(B, m, heads, head_dim)``."""
+        return apply_linear(self.qkv, input, outputs=slice(input.shape[2])).unflatten(2, (self.num_heads, -1))
+
+    def keys_values(self, input: Tensor) -> Tensor:
+        """``(B, n, dim)`` to ``(B, n, 2, heads, head_dim)``."""
+        pairs = apply_linear(self.qkv, input, outputs=slice(input.shape[2], None))
+        return pairs.unflatten(2, (2, self.num_heads, -1))
+
+    def answer(self, query: Tensor, keys_values: Tensor) -> Tensor:
+        """The branch for a few queries alone: ``(B, m, heads, head_dim)`` to ``(B, m, dim)``."""
+        key, value = keys_values.permute(2, 0, 3, 1, 4)
+        output = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
+        return apply_linear(self.proj, output.transpose(1, 2).flatten(2))
 
 
 def attend(qkv: Tensor) -> Tensor:
@@ -96,12 +114,26 @@ class TokenBlock(nn.Module):
         self.scale = 1.0 / skip_lam
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.is_plain():
+            return self.tail(self.attn(self.norm1(input), input))
         return self.tail(self.add(input, self.attn(self.norm1(input))))
 
     def scored(self, input: Tensor, average: Tensor | None, decay: float) -> tuple[Tensor, Tensor]:
         """Also the averaged attention of the class token, :func:`tersor.class_attention_ema`."""
+        if self.is_plain():
+            x, scores = self.attn.scored(self.norm1(input), average, decay, input)
+            return self.tail(x), scores
         branch, scores = self.attn.scored(self.norm1(input), average, decay)
         return self.tail(self.add(input, branch)), scores
+
+    def class_token(self, input: Tensor) -> Tensor:
+        """``forward(input)[:, :1]``, of which the other tokens' queries, projections and MLP are not needed."""
+        normed = self.norm1(input)
+        return self.finish(input[:, :1], normed[:, :1], self.attn.keys_values(normed))
+
+    def finish(self, input: Tensor, normed: Tensor, keys_values: Tensor) -> Tensor:
+        """The block's output for some tokens ``(B, m, dim)``, from their ``norm1`` and all tokens' keys and values."""
+        return self.tail(self.add(input, self.attn.answer(self.attn.queries(normed), keys_values)))
 
     def pruned(self, input: Tensor, count: int) -> Tensor:
         """Keeps the class token and the ``count`` others that it attends to most, by falling attention.
@@ -113,10 +145,16 @@ class TokenBlock(nn.Module):
         tokens, normalized, _ = prune_tokens(
             scores, input, self.drop_path(branch), norm.weight, norm.bias, count, self.scale, norm.eps
         )
-        return self.add(tokens, self.mlp(normalized))
+        return self.mlp(normalized, tokens) if self.is_plain() else self.add(tokens, self.mlp(normalized))
 
     def tail(self, input: Tensor) -> Tensor:
+        if self.is_plain():
+            return self.mlp(self.norm2(input), input)
         return self.add(input, self.mlp(self.norm2(input)))
+
+    def is_plain(self) -> bool:
+        """Whether a branch is added as it is, which :func:`apply_linear` can do in one go."""
+        return self.scale == 1 and (not self.training or self.drop_path.rate == 0)
 
     def add(self, input: Tensor, branch: Tensor) -> Tensor:
         return torch.add(input, self.drop_path(branch), alpha=self.scale)
@@ -220,6 +258,25 @@ class TokenTransformer(nn.Module):
         """The class token in front of the patches, plus position."""
         tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1)
         return tokens if position is None else tokens + position
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """All blocks, norm and heads: ``(B, n, dim)`` to ``(B, num_classes)``.
+
+        Where only the class token has a head, the last block is computed for it alone.
+        """
+        if self.aux_head is not None:
+            return self.class_logits(self.features(tokens))
+        x = tokens
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.head(self.norm(self.blocks[-1].class_token(x))[:, 0])
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """All blocks and the last norm: ``(B, n, dim)`` to ``(B, n, dim)``."""
+        x = tokens
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def token_logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits ``(B, K)``, and of every other token ``(B, n - 1, K)``."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor import (
     bucket_size,
+    class_scores,
     compact_unsure,
     gather_tokens,
     rank_tokens,
@@ -58,6 +60,20 @@ class CoarsePass(NamedTuple):
         """Those of some images."""
         scores = None if self.scores is None else self.scores[index]
         return CoarsePass(self.features[index], scores, self.embedded[index])
+
+
+class CoarseState(NamedTuple):
+    """The coarse pass up to its last block's attention, where only some tokens go on."""
+
+    tokens: Tensor  # (B, 1 + N, dim), before the last block
+    normed: Tensor  # (B, 1 + N, dim), after that block's first norm
+    keys_values: Tensor  # (B, 1 + N, 2, heads, head_dim)
+    scores: Tensor  # (B, N)
+    embedded: Tensor  # (B, 1 + N, dim), before the first block
+
+    def rows(self, index: Tensor) -> CoarseState:
+        """Those of some images."""
+        return CoarseState(*(tensor[index] for tensor in self))
 
 
 class Inference(NamedTuple):
@@ -159,9 +175,16 @@ class CFViT(TokenTransformer):
         Returns:
             The coarse and the fine pass's logits, ``(B, num_classes)`` each.
         """
-        coarse = self.coarse_pass(self.check_images(images, coarse_images))
+        coarse_images = self.check_images(images, coarse_images)
+        if self.goes_on_with_some():
+            state = self.coarse_state(coarse_images)
+            order, chosen = self.ranked(state.scores)
+            features = self.finish(state, F.pad(1 + chosen, (1, 0)))
+            tokens = self.chosen_tokens(images, features[:, 1:], order, state.embedded)
+            return self.head(features[:, 0]), self.classify(tokens)
+        coarse = self.coarse_pass(coarse_images)
         tokens, _ = self.fine_tokens(images, coarse)
-        return self.coarse_logits(coarse.features), self.class_logits(self.features(tokens))
+        return self.coarse_logits(coarse.features), self.classify(tokens)
 
     @torch.no_grad()
     def infer(
@@ -184,8 +207,13 @@ class CFViT(TokenTransformer):
         """
         if self.training:
             raise RuntimeError(f"{type(self).__name__}: infer needs the model in evaluation mode, call model.eval()")
-        coarse = self.coarse_pass(self.check_images(images, coarse_images))
-        logits = self.coarse_logits(coarse.features)
+        coarse_images = self.check_images(images, coarse_images)
+        state = self.coarse_state(coarse_images) if self.goes_on_with_some() else None
+        if state is not None:
+            logits = self.head(self.finish(state)[:, 0])
+        else:
+            coarse = self.coarse_pass(coarse_images)
+            logits = self.coarse_logits(coarse.features)
         index, number = compact_unsure(logits, threshold)
         confidence = torch.softmax(logits.float(), 1).amax(1)
         unsure = torch.zeros_like(confidence, dtype=torch.bool)
@@ -193,10 +221,56 @@ class CFViT(TokenTransformer):
         if count == 0:
             return Inference(logits, unsure, confidence)
         rows = index[: bucket_size(count, batch, 1 if bucket is None else bucket)]
-        tokens, _ = self.fine_tokens(images, coarse.rows(rows), rows)
-        fine = self.class_logits(self.features(tokens))
+        if state is not None:
+            own = state.rows(rows)
+            order, chosen = self.ranked(own.scores)
+            tokens = self.chosen_tokens(images, self.finish(own, 1 + chosen), order, own.embedded, rows)
+        else:
+            tokens, _ = self.fine_tokens(images, coarse.rows(rows), rows)
+        fine = self.classify(tokens)
         index = index[:count]
         return Inference(logits.index_copy(0, index, fine[:count]), unsure.index_fill(0, index, True), confidence)
+
+    def goes_on_with_some(self) -> bool:
+        """Whether of the last coarse block only the class token and the tokens to be split are used."""
+        return self.selection and self.aux_head is None
+
+    def coarse_state(self, coarse_images: Tensor) -> CoarseState:
+        """The coarse pass up to the last block's attention."""
+        embedded = self.sequence(self.patches(coarse_images, self.grid), self.pos_embed_list[0])
+        x, scores = embedded, None
+        for number, block in enumerate(self.blocks[:-1]):
+            if number >= _FIRST_SCORED:
+                x, scores = block.scored(x, scores, self.decay)
+            else:
+                x = block(x)
+        last = self.blocks[-1]
+        normed = last.norm1(x)
+        pairs = last.attn.keys_values(normed)
+        key = pairs[:, :, 0]
+        query = last.attn.queries(normed[:, :1]).expand_as(key)  # only the class token's is read
+        scores = class_scores(query, key, scores, self.decay)
+        return CoarseState(x, normed, pairs, scores, embedded)
+
+    def finish(self, state: CoarseState, index: Tensor | None = None) -> Tensor:
+        """The coarse features ``(B, m, dim)`` of the tokens ``index`` ``(B, m)``; None: of the class token."""
+        rows = (t[:, :1] if index is None else gather_tokens(t, index) for t in (state.tokens, state.normed))
+        return self.norm(self.blocks[-1].finish(*rows, state.keys_values))
+
+    def ranked(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The ranking ``(B, N)`` and its first k, those that are split."""
+        order = rank_tokens(scores)
+        _, kept = resplit_index(order, self.alpha)
+        return order, order[:, : order.shape[1] - kept.shape[1]]
+
+    def chosen_tokens(
+        self, images: Tensor, features: Tensor, order: Tensor, embedded: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """The fine pass's sequence ``(M, n, dim)`` from the coarse features ``(M, k, dim)`` of the chosen tokens."""
+        fine, _ = resplit_index(order, self.alpha)
+        patches, reuse = self.patch_embed.chosen(images, fine, rows), self.reuse_block(features)
+        position = self.pos_embed_list[1]
+        return resplit_tokens(None, embedded, patches, reuse, position, self.cls_token, self.alpha, order=order)[0]
 
     def coarse_pass(self, coarse_images: Tensor, box: Box = NO_BOX) -> CoarsePass:
         """All blocks over the coarse tokens, with the average of the class token's attention if it is needed."""
@@ -230,18 +304,9 @@ class CFViT(TokenTransformer):
                 )
             patches = patches + spread(reuse, self.grid)
             return self.sequence(patches, position if self.position_always else None), None
-        order = rank_tokens(coarse.scores)
-        fine, kept = resplit_index(order, self.alpha)
-        patches = self.patch_embed.chosen(images, fine, rows)
-        reuse = self.reuse_block(gather_tokens(coarse.features, 1 + order[:, : order.shape[1] - kept.shape[1]]))
-        return resplit_tokens(None, coarse.embedded, patches, reuse, position, self.cls_token, self.alpha, order=order)
-
-    def features(self, tokens: Tensor) -> Tensor:
-        """All blocks and the last norm: ``(B, n, dim)`` to ``(B, n, dim)``."""
-        x = tokens
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        order, chosen = self.ranked(coarse.scores)
+        features = gather_tokens(coarse.features, 1 + chosen)
+        return self.chosen_tokens(images, features, order, coarse.embedded, rows), order
 
     def coarse_logits(self, features: Tensor) -> Tensor:
         return self.class_logits(features)

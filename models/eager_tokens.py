@@ -8,6 +8,7 @@ index into the flattened batch. The functions run a model's own weights.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ _PRUNED = (3, 6, 9)
 
 def attention(layer: TokenAttention, input: Tensor) -> tuple[Tensor, Tensor]:
     """``(B, n, dim)`` to the same and to the weights ``(B, heads, n, n)``."""
-    query, key, value = layer.project(input).permute(2, 0, 3, 1, 4)  # [B, heads, n, head_dim] each
+    packed = layer.qkv(input).unflatten(2, (3, layer.num_heads, -1))
+    query, key, value = packed.permute(2, 0, 3, 1, 4)  # [B, heads, n, head_dim] each
     weights = (query @ key.transpose(-2, -1) * query.shape[3] ** -0.5).softmax(-1)
     return layer.proj((weights @ value).transpose(1, 2).reshape(input.shape)), weights
 
@@ -45,7 +47,11 @@ def block(layer: TokenBlock, input: Tensor) -> tuple[Tensor, Tensor]:
     """A whole block, and its attention weights."""
     branch, weights = attention(layer.attn, layer.norm1(input))
     x = add(layer, input, branch)
-    return add(layer, x, layer.mlp(layer.norm2(x))), weights
+    return add(layer, x, mlp(layer.mlp, layer.norm2(x))), weights
+
+
+def mlp(layer: Any, input: Tensor) -> Tensor:
+    return layer.fc2(layer.act(layer.fc1(input)))
 
 
 # CF-ViT
@@ -66,7 +72,8 @@ def resplit(scores: Tensor, coarse: Tensor, fine: Tensor, alpha: float = 0.5) ->
 def fine_embedding(model: CFViT, images: Tensor, features: Tensor, position: bool = True) -> Tensor:
     """All fine tokens ``(B, 1 + 4 N, C)``, with the coarse pass's features ``(B, 1 + N, C)`` in them."""
     fine = model.sequence(model.patch_embed(images), None)
-    reused = model.reuse_block(features[:, 1:]).transpose(1, 2).unflatten(2, (model.grid, model.grid))
+    norm, reuse = model.reuse_block
+    reused = mlp(reuse, norm(features[:, 1:])).transpose(1, 2).unflatten(2, (model.grid, model.grid))
     reused = F.interpolate(reused, scale_factor=2, mode="nearest").flatten(2).transpose(1, 2)
     fine = fine + torch.cat([torch.zeros_like(reused[:, :1]), reused], 1)
     return fine + model.pos_embed_list[1] if position else fine
@@ -125,7 +132,7 @@ def pruned_block(layer: TokenBlock, input: Tensor, keep_rate: float) -> Tensor:
     order = torch.argsort(weights.mean(1)[:, 0, 1:], dim=1, descending=True, stable=True)
     kept = 1 + order[:, : math.ceil(keep_rate * input.shape[1])]
     x = select(x, torch.cat([torch.zeros_like(kept[:, :1]), kept], 1))
-    return add(layer, x, layer.mlp(layer.norm2(x)))
+    return add(layer, x, mlp(layer.mlp, layer.norm2(x)))
 
 
 def super_vit(model: SuperViT, images: Tensor, size: int, keep_rate: float = 1.0) -> Tensor:

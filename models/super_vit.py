@@ -113,20 +113,28 @@ class SuperViT(TokenTransformer):
                 None: the images' own, which must be one of them.
             keep_rate: above 0, at most 1; 1 keeps all tokens in their order.
         """
-        return self.class_logits(self.features(images, self.check_size(images, size), keep_rate))
+        size = self.check_size(images, size)
+        if self.aux_head is not None:
+            return self.class_logits(self.image_features(images, size, keep_rate))
+        tokens = self.tokens(images, size, keep_rate, len(self.blocks) - 1)
+        return self.head(self.norm(self.blocks[-1].class_token(tokens))[:, 0])  # no other token has a head
 
-    def features(self, images: Tensor, size: int, keep_rate: float, box: Box = NO_BOX) -> Tensor:
+    def image_features(self, images: Tensor, size: int, keep_rate: float, box: Box = NO_BOX) -> Tensor:
         """The normalised tokens after the last block: ``(B, tokens that are left, dim)``."""
+        return self.norm(self.tokens(images, size, keep_rate, len(self.blocks), box))
+
+    def tokens(self, images: Tensor, size: int, keep_rate: float, depth: int, box: Box = NO_BOX) -> Tensor:
+        """The tokens after ``depth`` blocks: ``(B, tokens that are left, dim)``."""
         self.check_rate(keep_rate)
         patches = self.patches(resize_align_corners(images, size), size // _PATCH, box)
         x = self.sequence(patches, self.pos_embed_list[self.sizes.index(size)])
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks[:depth]):
             if number not in _PRUNED or keep_rate == 1:
                 x = block(x)
                 continue
             count = math.ceil(keep_rate * x.shape[1])
             x = block.pruned(x, operator.index(count))  # compiled code would take it for a symbol otherwise
-        return self.norm(x)
+        return x
 
     def check_size(self, images: Tensor, size: int | None) -> int:
         name = type(self).__name__
@@ -209,7 +217,7 @@ class SuperLVViT(SuperViT):
         if box is None:
             box = draw_box(largest) if self.mix_token else NO_BOX
         box = scaled_box(check_box(name, box, largest), side, largest)
-        features = self.features(images, size, keep_rate, box)
+        features = self.image_features(images, size, keep_rate, box)
         if side != largest or keep_rate != 1:
             return self.head(features[:, 0])
         logits, others = self.token_logits(features)

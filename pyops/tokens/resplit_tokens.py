@@ -212,7 +212,7 @@ def _reference(
         rows = rows + parents.repeat(1, 4, 1)
     if position is not None:
         places = position.to(dtype).expand(batch, -1, -1)
-        rows, first = rows + gather_rows(places, 1 + fine), first + places[:, :1]
+        rows, first = rows + gather_rows(places[:, 1:], fine), first + places[:, :1]
     left = gather_rows(coarse, 1 + ranked[:, chosen:])
     tokens = torch.cat([first.to(coarse.dtype), rows.to(coarse.dtype), left], dim=1)
     return tokens, coarse.new_empty(0, dtype=torch.int64) if selected else ranked

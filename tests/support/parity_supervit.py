@@ -79,12 +79,12 @@ def training_step(arrays: Arrays, meta: Meta, dtype: torch.dtype, device: str) -
     )
     load(model, arrays, dtype, device)
     lengths: list[int] = []
-    for layer in model.blocks:
+    for layer in model.blocks:  # what the MLP reads is what is left, but for the last block, which goes on with one
         layer.mlp.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
     subnetworks = [(size, rate) for size, rate in meta["subnets"]]
     result = subnetwork_losses(model, x["image"], x["target"], subnetworks)
     after = [meta["tokens_after_block"][str(number)] for number in range(4)]
-    assert lengths == [length for network in after for length in network]
+    assert lengths == [length for network in after for length in (*network[:-1], 1)]
     ours: Ours = {"out_losses": result.losses}
     for number, (size, _) in enumerate(subnetworks):
         ours[f"out_logits_{number}"] = result.logits[number]
