@@ -50,7 +50,7 @@ def settings(method: str) -> tuple[Setting, ...]:
 
 
 def judge(config: Config, model: Any) -> list[dict[str, Any]]:
-    """For every setting: accuracy (%) on the validation and the test images; of the latter, cost and the fine share."""
+    """For every setting: accuracy (%) on the validation and on the test images, and how many of these looked twice."""
     model.eval()
     if isinstance(model, CFViT):
         model.selection = True
@@ -65,64 +65,71 @@ def judge(config: Config, model: Any) -> list[dict[str, Any]]:
                 right, fine = right + int((logits.argmax(1).cpu() == truth).sum()), fine + unsure
             point[part] = 100 * right / len(labels)
         point["fine"] = fine / len(labels) if config.method == "CF-ViT" else None
-        points.append(point | {"macs": macs(config, setting, fine / len(labels))})
+        points.append(point)
     return points
 
 
 def macs(config: Config, setting: Setting, fine: float) -> float:
-    """Multiply-adds of all products of matrices for an image; ``fine`` is the share that goes through the fine pass."""
+    """Multiply-adds of all products of matrices for an image; ``fine`` is the share that goes through the fine pass.
+
+    Of the last block as the models compute it: keys and values of all tokens, the rest for those that are used.
+    """
     width, pixels = config.width, _tokens_data.PATCH**2
-    if config.method == "CF-ViT":
-        count = (_tokens_data.SIDE // 32) ** 2
-        split = math.ceil(SPLIT * count)
-        again = blocks(config, [1 + count + 3 * split] * config.depth, 1.0)
-        again += 4 * split * pixels * width + split * 2 * int(MLP_RATIO * width) * width
-        return blocks(config, [1 + count] * config.depth, 1.0) + count * pixels * width + fine * again
-    size, rate = setting.arguments or (config.size, 1.0)
-    count = (size // _tokens_data.PATCH) ** 2
-    return blocks(config, [1 + count] * config.depth, rate) + count * pixels * width
+    classifier, mlp = width * len(_tokens_data.NAMES), 2 * int(MLP_RATIO * width) * width
+    if config.method != "CF-ViT":
+        size, rate = setting.arguments or (config.size, 1.0)
+        count = (size // _tokens_data.PATCH) ** 2
+        return count * pixels * width + _blocks(config, 1 + count, rate) + classifier
+    count = (_tokens_data.SIDE // 32) ** 2
+    split = math.ceil(SPLIT * count)
+    coarse = count * pixels * width + _blocks(config, 1 + count) + classifier
+    reused = split * (2 * width**2 + 2 * (1 + count) * width + 2 * mlp)  # the last coarse block, and the MLP for reuse
+    again = reused + 4 * split * pixels * width + _blocks(config, 1 + count + 3 * split) + classifier
+    return coarse + fine * again
 
 
-def blocks(config: Config, tokens: list[int], rate: float) -> int:
-    """Of all blocks and the classifier; ``tokens`` of every block, as if none were dropped for the keep ``rate``."""
-    width, total = config.width, config.width * len(_tokens_data.NAMES)
-    for number in range(len(tokens)):
-        total += 4 * tokens[number] * width**2 + 2 * tokens[number] ** 2 * width
+def _blocks(config: Config, tokens: int, rate: float = 1.0) -> int:
+    """Of all blocks; ``tokens`` go in, and those that prune keep the share ``rate``."""
+    width, total = config.width, 0
+    mlp = 2 * int(MLP_RATIO * width) * width
+    for number in range(config.depth - 1):
+        total += tokens * (4 * width**2 + 2 * tokens * width)
         if number in PRUNED and rate != 1:
-            left = min(math.ceil(rate * tokens[number]), tokens[number] - 1) + 1
-            tokens[number:] = [left] * (len(tokens) - number)
-        total += 2 * tokens[number] * int(MLP_RATIO * width) * width
-    return total
+            tokens = min(math.ceil(rate * tokens), tokens - 1) + 1
+        total += tokens * mlp
+    return total + 2 * tokens * width**2 + 2 * width**2 + 2 * tokens * width + mlp
 
 
 Groups = dict[str, list[Progress]]  # of every method, a run for each seed
 
 
 def measure(networks: Mapping[str, Sequence[tuple[Config, Any]]], groups: Groups, rounds: int, threads: int) -> None:
-    """Writes into every point its ``speed``: images a second, from images of full size to logits, the rounds' median.
+    """Writes into every point its ``macs`` per image and its ``speed``: images a second, the median of the rounds.
 
-    Batches of 64 test images. All networks and settings take turns, so that a disturbance of the machine meets all.
+    From images of full size to logits, in batches of 64 test images. All networks and settings take turns, so that a
+    disturbance of the machine meets all.
     """
     torch.set_num_threads(threads)
     jobs = [
-        (model, setting, config.device, groups[method][number].points[place])
+        (model, setting, config, groups[method][number].points[place])
         for method, group in networks.items()
         for place, setting in enumerate(settings(method))
         for number, (config, model) in enumerate(group)
     ]
+    for model, setting, config, _ in jobs:
+        _seconds(model, setting, config.device, 1)  # warms up
     times: list[list[float]] = [[] for _ in jobs]
-    for turn in range(rounds + 1):  # the first warms up
-        for (model, setting, device, _), found in zip(jobs, times, strict=True):
-            seconds = _seconds(model, setting, device)
-            if turn:
-                found.append(seconds)
-    for (_, _, _, point), found in zip(jobs, times, strict=True):
+    for _ in range(rounds):
+        for (model, setting, config, _), found in zip(jobs, times, strict=True):
+            found.append(_seconds(model, setting, config.device, BATCHES))
+    for (_, setting, config, point), found in zip(jobs, times, strict=True):
+        point["macs"] = macs(config, setting, point["fine"] or 0.0)
         point["speed"] = BATCH * BATCHES / statistics.median(found)
 
 
-def _seconds(model: Any, setting: Setting, device: str) -> float:
+def _seconds(model: Any, setting: Setting, device: str, count: int) -> float:
     images, _ = _tokens_data.fixed_set("test", BATCH * BATCHES)
-    batches = [some.to(device) for some in images.split(BATCH)]
+    batches = [some.to(device) for some in images.split(BATCH)[:count]]
     _wait(device)
     begin = time.perf_counter()
     for batch in batches:

@@ -111,7 +111,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--depth", type=between(4, 100), default=7, help="blocks; tokens are dropped in the fourth, seventh, tenth")
     add("--seeds", type=between(1, 100), default=3, help="runs of everything (default 3)")
     add("--test-images", type=between(1, 100_000), default=2000, help="also for validation (default 2000)")
-    add("--rounds", type=between(1, 1000), default=5, help="in which the speed is measured (default 5)")
+    add("--rounds", type=between(1, 1000), default=4, help="in which the speed is measured (default 4)")
     add("--threads", type=between(1, 4096), default=2, help="CPU threads, to train and to measure (default 2)")
     add("--device", type=device, default="cpu", help="cpu (default), cuda or cuda:N")
     add("--output", type=folder, default=Path("demo_tokens"), help="folder of all files (default demo_tokens)")
