@@ -74,9 +74,10 @@ class DeiT(nn.Module):
             )
         tokens = self.patch_embed(input)
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.pos_embed
-        for block in self.blocks[:-1]:
+        blocks: list[Any] = list(self.blocks)
+        for block in blocks[:-1]:
             x = block(x)
-        return self.head(self.norm(self.blocks[-1].class_token(x))[:, 0])  # no other token has a head
+        return self.head(self.norm(blocks[-1].class_token(x))[:, 0])  # no other token has a head
 
 
 def deit_tiny(**options: Any) -> DeiT:
