@@ -34,7 +34,8 @@ def apply_linear(
         output = layer(input) if outputs is None else layer(input)[..., outputs]
         one_call = False
     else:
-        weight, bias = layer.weight, layer.bias
+        weight: Tensor = layer.weight
+        bias: Tensor | None = layer.bias
         one_call = _is_one_call(input, weight, bias)
         if outputs is not None:
             weight, bias = weight[outputs], None if bias is None else bias[outputs]

@@ -32,11 +32,8 @@ def test_is_torchs_own(mode: Any, name: str, bias: bool) -> None:
     layer, x = nn.Linear(33, 17, bias=bias), INPUTS[name]()
     for outputs in (None, slice(5), slice(5, None)):
         plain = layer(x)[..., outputs] if outputs else layer(x)
-        for residual in (
-            None,
-            torch.randn(plain.shape),
-            torch.randn(plain.shape[::-1]).permute(*range(plain.dim())[::-1]),
-        ):
+        turned = torch.randn(plain.shape[::-1]).permute(*range(plain.dim())[::-1])
+        for residual in (None, torch.randn(plain.shape), turned):
             for gelu in (False, True):
                 expected = F.gelu(plain) if gelu else plain
                 expected = expected if residual is None else expected + residual
