@@ -27,7 +27,7 @@ def draw(folder: Path, groups: Groups, samples: Sequence[Sample], threshold: flo
     """``tokens.png`` and ``samples.png`` in the folder."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     _curves(axes[0], groups, "speed", 1.0)
-    axes[0].set_xlabel("images a second (batches of 64)")
+    axes[0].set_xlabel("images a second (batches of 256)")
     axes[0].set_ylabel("test images told right (%)")
     _curves(axes[1], groups, "macs", 1e-6)
     axes[1].set_xlabel("million multiply-adds per image")
