@@ -1,0 +1,192 @@
+"""CF-ViT with DeiT-S on grids of 7 x 7 and 14 x 14: early exit, the coarse pass alone, and a training step.
+
+Of random images and weights no pass is surer than another, so the threshold is set between two images' confidences,
+for the share of the images that is to leave after the coarse pass; it is the same for all implementations. In groups
+named `exit70` 70 % leave; in `exit73` as many as at the published threshold of one half (1.88 G multiply-adds per image
+= 1.10 + 0.27 x 2.90), where the plain model with its 197 tokens has the same accuracy; `coarse` is one image, sure.
+"""
+
+import functools
+
+import settings
+import torch
+import torch.nn.functional as F
+from harness import benchmark
+from suite import Implementation, Prepared, Suite, Target
+
+from tersor.models import cf_deit_small, cf_vit_loss, deit_small
+from tersor.models import eager_tokens as eager
+
+CUDA = settings.device() == "cuda"
+BATCH, PLAIN_BATCH, TRAINED_BATCH = (256, 256, 64) if CUDA else (4, 4, 1) if settings.QUICK else (64, 32, 8)
+PIXELS = 224
+# (batch, share of the images that leave)
+PLAIN = f"7x7_exit73_b{PLAIN_BATCH}"
+SIZES = {f"7x7_exit70_b{BATCH}": (BATCH, 0.7), PLAIN: (PLAIN_BATCH, 0.73), "7x7_coarse_b1": (1, 1.0)}
+OPERATORS = ["class_scores", "compact_unsure", "gather_patches_forward", "rank_tokens", "resplit_tokens_forward"]
+
+
+@functools.cache
+def weights():
+    torch.manual_seed(settings.SEED)
+    return cf_deit_small().state_dict()
+
+
+def model():
+    network = cf_deit_small()
+    network.load_state_dict(weights())
+    return network
+
+
+@functools.lru_cache(maxsize=2)
+def threshold(size, device):
+    """Half way between the last image that leaves and the first that does not."""
+    batch, share = size
+    sorted_confidences = (
+        model().to(device).eval().infer(random_images(batch).to(device), 0.0).confidence.double().sort(descending=True)
+    )
+    leaving = round(share * batch)
+    if leaving == batch:
+        return 0.0
+    return float(sorted_confidences.values[leaving - 1 : leaving + 1].mean())
+
+
+def random_images(batch):
+    return torch.randn(batch, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(settings.SEED))
+
+
+def make_inputs(size, dtype, device, generator):
+    limit = torch.tensor(threshold(size, device), dtype=torch.float64)
+    return random_images(size[0]).to(device, dtype), limit
+
+
+def ours(size):
+    return lambda network, images, limit: network.infer(images, limit).logits
+
+
+def published(size):
+    return eager.cf_vit_infer
+
+
+def prepare_inference(function, inputs, dtype, direction):
+    images, limit = inputs
+    network = model().to(images).eval()
+
+    def call():
+        with torch.no_grad():
+            return function(network, images, float(limit))
+
+    return Prepared(call, lambda: {"output": call()})
+
+
+def plain(block):
+    """DeiT-S, which is only timed; that its variants agree is looked at here. ``block`` takes a layer and tokens."""
+
+    def run(network, images):
+        tokens = network.patch_embed(images)
+        x = torch.cat([network.cls_token.expand(len(tokens), -1, -1), tokens], 1) + network.pos_embed
+        for layer in network.blocks:
+            x = block(layer, x)
+        return network.head(network.norm(x)[:, 0])
+
+    def make(size):
+        torch.manual_seed(settings.SEED)
+        deit = deit_small().eval()
+
+        def function(network, images, limit):
+            return run(deit.to(images), images)
+
+        with torch.no_grad():
+            few = random_images(1)
+            torch.testing.assert_close(run(deit, few), deit(few), rtol=0, atol=1e-5)
+        return function
+
+    return make
+
+
+def sdpa_block(layer, input):
+    query, key, value = layer.attn.project(layer.norm1(input)).permute(2, 0, 3, 1, 4)
+    output = F.scaled_dot_product_attention(query, key, value)
+    return layer.tail(input + layer.attn.proj(output.transpose(1, 2).flatten(2)))
+
+
+INFERENCE = Suite(
+    operator="cf_deit_small",
+    sizes=SIZES,
+    small=(3, 0.67),
+    directions=["inference"],
+    make_inputs=make_inputs,
+    reference=ours,
+    prepare=prepare_inference,
+    implementations=[
+        Implementation("tersor", ours, ours=True, note="the default backend"),
+        Implementation("eager", published, note="the published way"),
+        Implementation(
+            "deit",
+            plain(lambda layer, input: layer(input)),
+            ours=True,
+            compared=False,
+            sizes=[PLAIN],
+            note="another model: the plain DeiT-S of tersor.models, all images with 197 tokens",
+        ),
+        Implementation(
+            "deit_sdpa",
+            plain(sdpa_block),
+            compared=False,
+            sizes=[PLAIN],
+            note="another model: the plain DeiT-S with torch's scaled_dot_product_attention",
+        ),
+    ],
+    operators=OPERATORS,
+    targets=[
+        Target("cf_deit_small/7x7_exit70*/*/inference", "eager", 1.25),
+        Target("cf_deit_small/7x7_exit73*/*/inference", "deit*", 2),
+    ],
+)
+
+bench_cf_vit = benchmark(INFERENCE)
+
+
+def make_batch(size, dtype, device, generator):
+    target = torch.randint(1000, (size,), generator=generator)
+    return random_images(size).to(device, dtype), target.to(device)
+
+
+def prepare_training(function, inputs, dtype, direction):
+    """Forward, loss and all gradients."""
+    images, target = inputs
+    network = model().to(images).train()
+    names, parameters = zip(*network.named_parameters(), strict=True)
+
+    def forward():
+        return cf_vit_loss(*function(network, images), target)
+
+    def step():
+        return torch.autograd.grad(forward(), parameters)
+
+    def results():
+        coarse, fine = function(network, images)
+        gradients = torch.autograd.grad(cf_vit_loss(coarse, fine, target), parameters)
+        named = {f"gradient {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+        return {"output coarse": coarse.detach(), "output fine": fine.detach()} | named
+
+    return Prepared(step, results, forward)
+
+
+TRAINING = Suite(
+    operator="cf_deit_small_training",
+    sizes={f"7x7_b{TRAINED_BATCH}": TRAINED_BATCH},
+    small=1,
+    directions=["training_step"],
+    make_inputs=make_batch,
+    reference=lambda size: lambda network, images: network(images),
+    prepare=prepare_training,
+    implementations=[
+        Implementation("tersor", lambda size: lambda network, images: network(images), ours=True),
+        Implementation("eager", lambda size: eager.cf_vit, note="the published way"),
+    ],
+    operators=[name.replace("forward", "backward") for name in OPERATORS[2::2]] + OPERATORS,
+    targets=[Target("cf_deit_small_training/*/*/training_step", "eager", 1.25)],
+)
+
+bench_cf_vit_training = benchmark(TRAINING)
