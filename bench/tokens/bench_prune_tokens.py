@@ -84,7 +84,8 @@ SUITE = Suite(
     prepare=prepare_tokens(fixed=1, names=["output tokens", "output normalized"]),
     implementations=IMPLEMENTATIONS,
     operators=["prune_tokens_forward", "prune_tokens_backward"],
-    targets=[Target("prune_tokens/*/*/*", "eager", 2), Target("prune_tokens/*/*/*", "compiled", 1)],
+    # Of the published way's bytes at 70 %, 1 / 2.07 must move.
+    targets=[Target("prune_tokens/*/*/*", "eager", 1.75), Target(f"prune_tokens/{LARGEST}/*/*", "compiled", 1)],
 )
 
 bench_prune_tokens = benchmark(SUITE)
