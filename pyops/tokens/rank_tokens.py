@@ -29,7 +29,7 @@ def rank_tokens(scores: Tensor) -> Tensor:
     """
     name = "rank_tokens"
     check_scores(name, scores)
-    return _rank.overload(scores.detach())
+    return _rank.without_gradient(scores.detach())
 
 
 def check_scores(name: str, scores: Tensor) -> None:
