@@ -35,6 +35,7 @@ TESTS = [
     "tests/freezing",
     "tests/quantization",
     "tests/sparsity",
+    "tests/tokens",
     "tests/models",
     *(f"tests/test_{name}.py" for name in ("conformance", "parity", "backends")),
 ]

@@ -22,12 +22,22 @@ _FIRST_SCORED = 3
 _PRUNED = (3, 6, 9)
 
 
+def attend(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B, n, 3, heads, head_dim)`` to ``(B, n, heads, head_dim)`` and to the weights ``(B, heads, n, n)``."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, n, head_dim] each
+    weights = (query @ key.transpose(-2, -1) * query.shape[3] ** -0.5).softmax(-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
 def attention(layer: TokenAttention, input: Tensor) -> tuple[Tensor, Tensor]:
     """``(B, n, dim)`` to the same and to the weights ``(B, heads, n, n)``."""
-    packed = layer.qkv(input).unflatten(2, (3, layer.num_heads, -1))
-    query, key, value = packed.permute(2, 0, 3, 1, 4)  # [B, heads, n, head_dim] each
-    weights = (query @ key.transpose(-2, -1) * query.shape[3] ** -0.5).softmax(-1)
-    return layer.proj((weights @ value).transpose(1, 2).reshape(input.shape)), weights
+    output, weights = attend(layer.qkv(input).unflatten(2, (3, layer.num_heads, -1)))
+    return layer.proj(output.reshape(input.shape)), weights
+
+
+def class_scores(weights: Tensor) -> Tensor:
+    """The class token's attention to the others, ``(B, n - 1)``, of weights ``(B, heads, n, n)``."""
+    return weights.mean(1)[:, 0, 1:]
 
 
 def select(input: Tensor, index: Tensor) -> Tensor:
@@ -69,14 +79,22 @@ def resplit(scores: Tensor, coarse: Tensor, fine: Tensor, alpha: float = 0.5) ->
     return torch.cat([select(fine, index), select(coarse, 1 + rest)], 1)
 
 
-def fine_embedding(model: CFViT, images: Tensor, features: Tensor, position: bool = True) -> Tensor:
-    """All fine tokens ``(B, 1 + 4 N, C)``, with the coarse pass's features ``(B, 1 + N, C)`` in them."""
-    fine = model.sequence(model.patch_embed(images), None)
-    norm, reuse = model.reuse_block
-    reused = mlp(reuse, norm(features[:, 1:])).transpose(1, 2).unflatten(2, (model.grid, model.grid))
-    reused = F.interpolate(reused, scale_factor=2, mode="nearest").flatten(2).transpose(1, 2)
+def fine_sequence(patches: Tensor, reuse: Tensor, position: Tensor | None, cls: Tensor) -> Tensor:
+    """All fine tokens ``(B, 1 + 4 N, C)``, of patches ``(B, 4 N, C)``, with those of the coarse grid in them."""
+    fine = torch.cat([cls.expand(patches.shape[0], -1, -1), patches], 1)
+    side = math.isqrt(reuse.shape[1])
+    reused = F.interpolate(reuse.transpose(1, 2).unflatten(2, (side, side)), scale_factor=2, mode="nearest")
+    reused = reused.flatten(2).transpose(1, 2)
     fine = fine + torch.cat([torch.zeros_like(reused[:, :1]), reused], 1)
-    return fine + model.pos_embed_list[1] if position else fine
+    return fine if position is None else fine + position
+
+
+def fine_embedding(model: CFViT, images: Tensor, features: Tensor, position: bool = True) -> Tensor:
+    """:func:`fine_sequence` of the images and the coarse pass's features ``(B, 1 + N, C)``."""
+    norm, reuse = model.reuse_block
+    reused = mlp(reuse, norm(features[:, 1:]))
+    table = model.pos_embed_list[1] if position else None
+    return fine_sequence(model.patch_embed(images), reused, table, model.cls_token)
 
 
 def cf_vit_coarse(model: CFViT, coarse_images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +111,7 @@ def cf_vit_coarse(model: CFViT, coarse_images: Tensor) -> tuple[Tensor, Tensor, 
 def cf_vit_fine(model: CFViT, images: Tensor, features: Tensor, embedded: Tensor, average: Tensor) -> Tensor:
     """Logits of the fine pass."""
     fine = fine_embedding(model, images, features, model.selection or model.position_always)
-    x = resplit(average.mean(1)[:, 0, 1:], embedded, fine, model.alpha) if model.selection else fine
+    x = resplit(class_scores(average), embedded, fine, model.alpha) if model.selection else fine
     for layer in model.blocks:
         x, _ = block(layer, x)
     return model.class_logits(model.norm(x))
@@ -125,13 +143,17 @@ def _coarse_images(model: CFViT, images: Tensor, coarse_images: Tensor | None) -
 # SuperViT
 
 
+def prune(scores: Tensor, input: Tensor, count: int) -> Tensor:
+    """The class token of ``(B, n, C)`` and the ``count`` others that have the highest scores ``(B, n - 1)``."""
+    kept = 1 + torch.argsort(scores, dim=1, descending=True, stable=True)[:, :count]
+    return select(input, torch.cat([torch.zeros_like(kept[:, :1]), kept], 1))
+
+
 def pruned_block(layer: TokenBlock, input: Tensor, keep_rate: float) -> Tensor:
     """The block that drops tokens, ``ceil(keep_rate * n)`` besides the class token are left."""
     branch, weights = attention(layer.attn, layer.norm1(input))
     x = add(layer, input, branch)
-    order = torch.argsort(weights.mean(1)[:, 0, 1:], dim=1, descending=True, stable=True)
-    kept = 1 + order[:, : math.ceil(keep_rate * input.shape[1])]
-    x = select(x, torch.cat([torch.zeros_like(kept[:, :1]), kept], 1))
+    x = prune(class_scores(weights), x, math.ceil(keep_rate * input.shape[1]))
     return add(layer, x, mlp(layer.mlp, layer.norm2(x)))
 
 

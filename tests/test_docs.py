@@ -33,6 +33,33 @@ def attention() -> dict[str, Any]:
     return run_page("attention.md")
 
 
+@pytest.fixture(scope="module")
+def tokens() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return run_page("tokens.md")
+
+
+def test_the_pages_ways_to_the_same_tokens_agree(tokens: dict[str, Any]) -> None:
+    torch.testing.assert_close(tokens["same"], tokens["kept"])
+    torch.testing.assert_close(tokens["normalized"], tokens["norm"](tokens["kept"]))
+    every = tokens["embed"](tokens["images"]).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tokens["chosen"], tersor.gather_tokens(every, tokens["patches"]), rtol=1e-4, atol=1e-4)
+    whole, _ = tersor.resplit_tokens(
+        tokens["average"], tokens["coarse"], every, tokens["reuse"], tokens["position"], tokens["cls"]
+    )
+    torch.testing.assert_close(tokens["less"], whole, rtol=1e-4, atol=1e-4)
+    assert tokens["tokens"].shape == tokens["less"].shape == (2, 125, 384)
+
+
+def test_the_pages_batch_gets_smaller(tokens: dict[str, Any]) -> None:
+    confidence = tokens["logits"].softmax(1).amax(1)
+    unsure = (confidence < 0.5).nonzero()[:, 0]
+    assert 0 < len(unsure) == int(tokens["count"]) <= len(tokens["rows"]) < len(unsure) + 8
+    assert torch.equal(tokens["rows"][: len(unsure)], unsure)
+    assert tokens["step"].losses.shape == (4,)
+    assert tokens["fast"].shape == tokens["result"].logits.shape == (8, 10)
+
+
 def eager(layer: tersor.WindowAttention, x: torch.Tensor) -> torch.Tensor:
     """The published way between the layer's own projections."""
     qkv = layer.qkv(x).unflatten(3, (3, layer.num_heads, -1)).unbind(3)

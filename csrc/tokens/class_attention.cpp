@@ -2,7 +2,7 @@
 
 #include "tokens/class_attention.h"
 
-#include "tokens/scatter.h"
+#include "tokens/rows.h"
 
 #define TERSOR_BODY "tokens/class_attention_kernels.h"
 #include "foreach_isa.h"

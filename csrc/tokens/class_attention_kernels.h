@@ -45,7 +45,7 @@ TERSOR_INLINE void add_softmax(A* products, int64_t length, A* sum) {
 
 template <class T>
 static void score_images(const ClassScores& task, int64_t begin, int64_t end, char* scratch) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using A = Accumulated<T>;
   A* sum = reinterpret_cast<A*>(scratch);
   A* products = sum + task.pitch();
   A* scaled = products + task.pitch();

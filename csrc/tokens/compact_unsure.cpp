@@ -1,6 +1,6 @@
 // The unsure images first, on the CPU (specification: pyops/tokens/compact_unsure.py).
 
-#include "tokens/scatter.h"
+#include "tokens/rows.h"
 
 #define TERSOR_BODY "tokens/compact_unsure_kernels.h"
 #include "foreach_isa.h"

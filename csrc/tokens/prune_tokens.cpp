@@ -9,14 +9,6 @@
 namespace tersor::tokens {
 namespace {
 
-template <class Run>
-void with_types(ScalarType dtype, Run run) {
-  if (dtype == ScalarType::Float) run(float{}, float{});
-  if (dtype == ScalarType::Half) run(Half{}, float{});
-  if (dtype == ScalarType::BFloat16) run(BFloat16{}, float{});
-  if (dtype == ScalarType::Double) run(double{}, double{});
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& branch, const Tensor& weight,
                                            const Tensor& bias, const Tensor& scores, int64_t count, double scale,
                                            double eps) {
@@ -43,9 +35,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& br
   task.weight = factors.const_data_ptr(), task.bias = offsets.const_data_ptr(), task.order = order.data();
   task.index = static_cast<int64_t*>(index.mutable_data_ptr());
   task.tokens = out_rows_of(tokens), task.normalized = out_rows_of(normalized);
-  with_types(x.scalar_type(), [&](auto type, auto accumulated) {
+  with_type(x, [&](auto type) {
     using T = decltype(type);
-    using A = decltype(accumulated);
+    using A = Accumulated<T>;
     const int64_t grain = grain_for(4 * channels * static_cast<int64_t>(sizeof(T)));
     torch::stable::parallel_for(0, batch * task.kept_rows(), grain, [&](int64_t begin, int64_t end) {
       const Memory row = allocate(channels * static_cast<int64_t>(sizeof(A)));
@@ -92,9 +84,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_tokens, c
   task.scale = scale, task.eps = eps, task.tokens_in = rows_of(t), task.weight = factors.const_data_ptr();
   task.grad_tokens = rows_of(direct), task.grad_normalized = rows_of(grad), task.kept = kept.data();
   task.grad_input = out_rows_of(grad_input), task.grad_branch = out_rows_of(grad_branch);
-  with_types(t.scalar_type(), [&](auto type, auto accumulated) {
+  with_type(t, [&](auto type) {
     using T = decltype(type);
-    using A = decltype(accumulated);
+    using A = Accumulated<T>;
     const int64_t bytes = channels * static_cast<int64_t>(sizeof(A));
     const Memory sums = allocate(need_parameters ? task.blocks() * 2 * bytes : 0);
     task.sums = need_parameters ? sums.get() : nullptr;

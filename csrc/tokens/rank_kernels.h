@@ -38,7 +38,7 @@ static void count_ranks(const Key* keys, int64_t count, int64_t* order) {
 
 template <class T>
 static void rank_rows(const void* scores, int64_t count, int64_t begin, int64_t end, int64_t* order, char* scratch) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using A = Accumulated<T>;
   using Key = typename Simd<A>::Whole;
   Key* keys = reinterpret_cast<Key*>(scratch);  // read up to a vector beyond `count`
   std::memset(keys, 0, (count + Simd<A>::lanes) * sizeof(Key));

@@ -16,14 +16,6 @@ int64_t side_of(int64_t count) {
   return side;
 }
 
-template <class Run>
-void with_types(ScalarType dtype, Run run) {
-  if (dtype == ScalarType::Float) run(float{}, float{});
-  if (dtype == ScalarType::Half) run(Half{}, float{});
-  if (dtype == ScalarType::BFloat16) run(BFloat16{}, float{});
-  if (dtype == ScalarType::Double) run(double{}, double{});
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& fine_patches, const Maybe& reuse,
                                    const Maybe& position, const Tensor& cls, const Maybe& scores, const Maybe& order,
                                    int64_t chosen) {
@@ -63,11 +55,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& fine_patch
   task.order = places_of(kept);
   Tensor tokens = torch::stable::new_empty(coarse, {batch, 1 + 3 * chosen + count, channels});
   task.tokens = out_rows_of(tokens);
-  with_types(coarse.scalar_type(), [&](auto type, auto accumulated) {
+  with_type(coarse, [&](auto type) {
     using T = decltype(type);
     const int64_t grain = grain_for(8 * channels * static_cast<int64_t>(sizeof(T)));
     torch::stable::parallel_for(0, batch * (count + 1), grain, [&](int64_t begin, int64_t end) {
-      TERSOR_FOR_ISA(resplit_units<T, decltype(accumulated)>)(task, begin, end);
+      TERSOR_FOR_ISA(resplit_units<T, Accumulated<T>>)(task, begin, end);
     });
   });
   return {tokens, ranked};
@@ -100,9 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_t
   std::vector<int32_t> rank(batch * count);
   invert(task.order, batch, count, count, rank.data());
   task.rank = rank.data();
-  with_types(grad.scalar_type(), [&](auto type, auto accumulated) {
+  with_type(grad, [&](auto type) {
     using T = decltype(type);
-    using A = decltype(accumulated);
+    using A = Accumulated<T>;
     const int64_t bytes = 8 * channels * static_cast<int64_t>(sizeof(T));
     if (selected) {
       torch::stable::parallel_for(0, batch * chosen, grain_for(bytes), [&](int64_t begin, int64_t end) {

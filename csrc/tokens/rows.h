@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -56,6 +58,19 @@ inline OutRows out_rows_of(Tensor& t) {
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
          dtype == ScalarType::Double;
+}
+
+// What sums of a type are computed in.
+template <class T>
+using Accumulated = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls run(T{}) with the C++ type of the tensor's elements.
+template <class Run>
+void with_type(const Tensor& t, Run run) {
+  if (t.scalar_type() == ScalarType::Float) run(float{});
+  if (t.scalar_type() == ScalarType::Double) run(double{});
+  if (t.scalar_type() == ScalarType::Half) run(torch::headeronly::Half{});
+  if (t.scalar_type() == ScalarType::BFloat16) run(torch::headeronly::BFloat16{});
 }
 
 // What Python has checked already, once more where memory depends on it.

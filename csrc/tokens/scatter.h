@@ -1,9 +1,6 @@
 // The adjoint of copying rows by index: copies are added up where they came from, in ascending order.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "tokens/rows.h"
 
 namespace tersor::tokens {
@@ -26,7 +23,6 @@ struct Chains {
 // Elements `step` apart become the sum of the chain's rows, which `row(copy)` finds; of one copy its very bits.
 template <class T, class Row>
 void add_chain(const Chains& chains, int64_t source, Row row, int64_t elements, T* to, int64_t step = 1) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const int64_t copy = chains.first[source];
   if (copy < 0) {
     for (int64_t i = 0; i < elements; ++i) to[i * step] = T(0);
@@ -38,19 +34,10 @@ void add_chain(const Chains& chains, int64_t source, Row row, int64_t elements, 
     return;
   }
   for (int64_t i = 0; i < elements; ++i) {
-    A sum = 0;
-    for (int64_t j = copy; j >= 0; j = chains.next[j]) sum += static_cast<A>(row(j)[i]);
+    Accumulated<T> sum = 0;
+    for (int64_t j = copy; j >= 0; j = chains.next[j]) sum += static_cast<Accumulated<T>>(row(j)[i]);
     to[i * step] = static_cast<T>(sum);
   }
-}
-
-// Calls run(T{}) with the C++ type of the tensor's elements.
-template <class Run>
-void with_type(const Tensor& t, Run run) {
-  if (t.scalar_type() == ScalarType::Float) run(float{});
-  if (t.scalar_type() == ScalarType::Double) run(double{});
-  if (t.scalar_type() == ScalarType::Half) run(torch::headeronly::Half{});
-  if (t.scalar_type() == ScalarType::BFloat16) run(torch::headeronly::BFloat16{});
 }
 
 }  // namespace tersor::tokens

@@ -36,7 +36,7 @@ def class_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
     """
     name = "class_attention"
     _check(name, query=query, key=key, value=value)
-    return _attend(query, key, value, scale), class_scores(query, key, scale=scale)
+    return _attend(query, key, value, scale), _checked_scores(name, query, key, None, 0.0, scale)
 
 
 def class_attention_ema(
@@ -59,7 +59,7 @@ def class_attention_ema(
     """
     name = "class_attention_ema"
     _check(name, query=query, key=key, value=value)
-    return _attend(query, key, value, scale), class_scores(query, key, average, decay, scale)
+    return _attend(query, key, value, scale), _checked_scores(name, query, key, average, decay, scale)
 
 
 def class_attention_qkvpacked(
@@ -76,7 +76,7 @@ def class_attention_qkvpacked(
         raise ValueError(f"{name}: qkv must be (B, n, 3, heads, head_dim), got shape {tuple(qkv.shape)}")
     query, key, value = qkv.unbind(2)
     _check(name, query=query, key=key, value=value)
-    scores = class_scores(query, key, average, decay, scale)
+    scores = _checked_scores(name, query, key, average, decay, scale)
     if _by_window(query):
         output = window_attention_qkvpacked(qkv[:, None], (1, qkv.shape[1]), scale=scale)
         return output[:, 0], scores
@@ -100,6 +100,12 @@ def class_scores(
     """
     name = "class_scores"
     _check(name, query=query, key=key)
+    return _checked_scores(name, query, key, average, decay, scale)
+
+
+def _checked_scores(
+    name: str, query: Tensor, key: Tensor, average: Tensor | None, decay: float, scale: float | None
+) -> Tensor:
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
         raise TypeError(f"{name}: decay must be a number, got {type(decay).__name__}")
     if not 0 <= decay <= 1:
@@ -115,7 +121,7 @@ def class_scores(
             raise ValueError(f"{name}: average must be on the device of query {query.device}, got {average.device}")
         average = average.detach()
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    return _scores.overload(query.detach()[:, 0], key.detach(), average, scale, float(decay))
+    return _scores.without_gradient(query.detach()[:, 0], key.detach(), average, scale, float(decay))
 
 
 def mean_heads(rows: Tensor) -> Tensor:

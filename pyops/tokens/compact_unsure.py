@@ -38,7 +38,7 @@ def compact_unsure(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"{name}: logits must be (B, classes), got shape {tuple(logits.shape)}")
     check_threshold(name, threshold)
-    return _compact.overload(logits.detach(), float(threshold))
+    return _compact.without_gradient(logits.detach(), float(threshold))
 
 
 def check_threshold(name: str, threshold: Any) -> None:

@@ -29,7 +29,7 @@ def rank_tokens(scores: Tensor) -> Tensor:
     """
     name = "rank_tokens"
     check_scores(name, scores)
-    return _rank.overload(scores.detach())
+    return _rank.without_gradient(scores.detach())
 
 
 def check_scores(name: str, scores: Tensor) -> None:
@@ -42,9 +42,10 @@ def check_scores(name: str, scores: Tensor) -> None:
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Whether values can be looked at here: on the CPU, outside of graphs and of torch.func's transforms."""
+    """Whether values can be looked at here: plain tensors on the CPU, outside of graphs and torch.func's transforms."""
     return (
         tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )

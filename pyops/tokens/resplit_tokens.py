@@ -319,10 +319,13 @@ class _ResplitTokens(torch.autograd.Function):
         *_, cls, scores, order, ctx.chosen = inputs
         ctx.selected, ctx.cls_rows = scores is None, cls.shape[0]
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # the ranking has none
         ctx.save_for_backward(output[1] if order is None else order)
 
     @staticmethod
     def backward(ctx, grad_tokens, _):
+        if grad_tokens is None:
+            return (None,) * 8
         needed = ctx.needs_input_grad[:5]
         gradients = _backward(
             grad_tokens, *ctx.saved_tensors, ctx.chosen, ctx.selected, *needed[:4], ctx.cls_rows if needed[4] else 0

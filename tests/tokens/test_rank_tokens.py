@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from subject import Subject
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tersor
 
@@ -58,6 +59,14 @@ def test_nan_is_refused_or_first(run: tuple[str, str]) -> None:
         with pytest.raises(ValueError, match="scores must not be NaN, got 2 that are"):
             tersor.rank_tokens(scores)
     assert torch.ops.tersor.rank_tokens(scores).tolist() == [[1, 3, 2, 0]]
+
+
+def test_tensors_without_values_have_shapes() -> None:
+    """What tools that count or place a model's memory run it with."""
+    with FakeTensorMode():
+        scores = torch.rand(2, 9)
+        assert tersor.rank_tokens(scores).shape == (2, 9)
+        assert tersor.gather_tokens(torch.rand(2, 9, 4), tersor.rank_tokens(scores)).shape == (2, 9, 4)
 
 
 def test_bad_input() -> None:

@@ -17,7 +17,7 @@ import tersor
 OPERATORS = ("resplit_tokens_forward", "resplit_tokens_backward")
 ALPHA = 0.5
 # batch, side, channels
-SIZES = [(2, 3, 7), (3, 3, 6), (1, 2, 1), (2, 4, 16), (3, 7, 33), (2, 9, 8)]
+SIZES = [(3, 2, 7), (4, 2, 6), (1, 2, 1), (2, 4, 16), (3, 7, 33), (2, 9, 8)]
 Size = tuple[int, ...]
 
 
