@@ -179,9 +179,12 @@ def frontier(points: Sequence[tuple[float, float]], cost: float) -> float | None
     return max(found, default=None)
 
 
-def best(groups: Groups, method: str) -> int:
-    """The setting that gains most over plain networks in time, on the validation images: the test decides nothing."""
-    key = "against plain by seconds (validation)"
+def best(groups: Groups, method: str, cost: str) -> int:
+    """The setting that gains most over plain networks, on the validation images: the test decides nothing.
+
+    ``cost`` is ``"seconds"`` or ``"macs"``.
+    """
+    key = f"against plain by {cost} (validation)"
     gains = []
     for points in zip(*(run.points for run in groups[method]), strict=True):
         each = [point[key] for point in points]

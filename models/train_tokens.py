@@ -225,14 +225,15 @@ def _remarks(groups: Groups, covered: Sequence[float]) -> list[str]:
 
     lines = []
     for method in ("CF-ViT", "SuperViT"):
-        index = best(groups, method)
-        points = [run.points[index] for run in groups[method]]
-        by_macs = _against(points, "against plain by macs")
-        lines.append(
-            f"By the validation images {method} is best against plain networks at {points[0]['setting']}; on the test "
-            f"images it is {_against(points, 'against plain by seconds')} % there against plain ones that take as long"
-            + (f", {by_macs} % against plain ones of as many MACs." if by_macs else ".")
-        )
+        for cost, name in (("seconds", "time"), ("macs", "MACs")):
+            key, place = f"against plain by {cost}", best(groups, method, cost)
+            points = [run.points[place] for run in groups[method]]
+            each = ", ".join("none" if point[key] is None else f"{point[key]:+.2f}" for point in points)
+            lines.append(
+                f"By the validation images {method} is best against plain networks of equal {name} at "
+                f"{points[0]['setting']}; on the test images the difference there is "
+                f"{_against(points, key)} % (each seed: {each})."
+            )
     lines.append(
         f"The five of nine coarse tokens that CF-ViT splits hold {statistics.fmean(covered):.0%} of the windows' "
         "pixels; five at random would hold 56%."

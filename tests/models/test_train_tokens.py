@@ -217,7 +217,7 @@ def test_comparison_picks_by_the_validation_images() -> None:
     groups = {"CF-ViT": [run((100, 61, 99), (50, 72, 69), (200, 99, 99))], "SuperViT": [run((50, 70, 75))]}
     groups |= {"ViT 48": [run((100, 60, 61))], "ViT 96": [run((50, 70, 72))]}
     _tokens_measure.compare(groups)
-    assert _tokens_measure.best(groups, "CF-ViT") == 1
+    assert _tokens_measure.best(groups, "CF-ViT", "seconds") == 1
     first, second, cheap = groups["CF-ViT"][0].points
     assert first["against plain by seconds"] == 38
     assert second["against plain by seconds (validation)"] == 2
