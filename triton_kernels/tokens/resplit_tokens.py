@@ -267,9 +267,7 @@ def resplit_tokens_forward(
     selected = scores is None
     batch, count, channels = _check(coarse, fine_patches, reuse, position, cls, scores, order, chosen)
     ranked = torch.empty((0,) if selected else (batch, count), dtype=torch.int64, device=coarse.device)
-    if scores is not None and order is not None:
-        ranked.copy_(order)
-    elif scores is not None and sorted_by_torch(scores):
+    if scores is not None and sorted_by_torch(scores):
         ranked = order = torch.argsort(scores, dim=1, descending=True, stable=True)
     tokens = coarse.new_empty((batch, 1 + 3 * chosen + count, channels))
     inputs, strides, vector = plan(coarse.element_size(), coarse, fine_patches, reuse, position, cls)
@@ -337,7 +335,7 @@ def _check(
     chosen: int,
 ) -> tuple[int, int, int]:
     name = "resplit_tokens"
-    if coarse.dim() != 3 or (scores is None and order is None):
+    if coarse.dim() != 3 or (scores is None) == (order is None):
         raise ValueError(f"{name}: coarse must be (B, 1 + N, C), and one of scores and order given")
     batch, count, channels = coarse.shape[0], coarse.shape[1] - 1, coarse.shape[2]
     _check_counts(count, chosen)
