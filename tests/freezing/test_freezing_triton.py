@@ -362,7 +362,8 @@ def test_adamw(shape, dtype, on_triton):
         assert torch.equal(pairs[0][0][still], given[0][still])
         ours, theirs = (t[~still] for t in pairs[0])
         taken = (theirs - given[0][~still]).abs()
-        assert ((ours - theirs).abs() <= torch.finfo(dtype).eps * (theirs.abs() + 2 * taken)).all()
+        # An ulp of the square root grows to at most 2.5 in the quotients and products that follow.
+        assert ((ours - theirs).abs() <= torch.finfo(dtype).eps * (theirs.abs() + 2.5 * taken)).all()
 
 
 @interpreted
