@@ -115,7 +115,7 @@ def training_bar(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("[bold]{task.description:<19}"),
+        TextColumn("[bold]{task.description:<24}"),
         BarColumn(),
         TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}  {task.fields[note]:<30}"),
         TimeElapsedColumn(),

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor import class_attention_qkvpacked, gather_patches, prune_tokens, window_attention_qkvpacked
+from tersor import class_attention_qkvpacked, gather_patches, prune_tokens
 from tersor._checks import as_int, check_floating
 from tersor.models._super_resolution import check_sizes
 from tersor.models.layers import DropPath, Layer, Mlp, apply_linear, init_linear
+from tersor.tokens.class_attention import attend_qkvpacked
 
 Box = tuple[int, int, int, int]  # of patches: first row, first column, and those behind the last ones
 NO_BOX: Box = (0, 0, 0, 0)
@@ -43,7 +44,7 @@ class TokenAttention(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """With ``residual`` the sum of both."""
-        return apply_linear(self.proj, attend(self.project(input)).flatten(2), residual=residual)
+        return apply_linear(self.proj, attend_qkvpacked(self.project(input)).flatten(2), residual=residual)
 
     def scored(
         self, input: Tensor, average: Tensor | None = None, decay: float = 0.0, residual: Tensor | None = None
@@ -70,14 +71,6 @@ class TokenAttention(nn.Module):
         key, value = keys_values.permute(2, 0, 3, 1, 4)
         output = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
         return apply_linear(self.proj, output.transpose(1, 2).flatten(2))
-
-
-def attend(qkv: Tensor) -> Tensor:
-    """``(B, n, 3, heads, head_dim)`` to ``(B, n, heads, head_dim)``."""
-    if qkv.device.type == "cuda":
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, n, head_dim] each
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-    return window_attention_qkvpacked(qkv[:, None], (1, qkv.shape[1]))[:, 0]  # faster than torch's on the CPU
 
 
 class TokenBlock(nn.Module):

@@ -22,7 +22,7 @@ from tersor import (
     resplit_index,
     resplit_tokens,
 )
-from tersor._checks import as_int
+from tersor._checks import as_int, check_share
 from tersor.models._tokens import (
     NO_BOX,
     Box,
@@ -38,6 +38,7 @@ from tersor.models._tokens import (
     token_label_loss,
 )
 from tersor.models.layers import Mlp
+from tersor.tokens.resplit_tokens import split_count
 
 _PATCH = 16  # pixels; the fine grid has twice the coarse one's side
 _FIRST_SCORED = 3  # block whose class attention enters the average first, spec 2.1
@@ -133,10 +134,8 @@ class CFViT(TokenTransformer):
         name = type(self).__name__
         if as_int(name, grid=grid) < 1 or as_int(name, in_chans=in_chans) < 1:
             raise ValueError(f"{name}: grid and in_chans must be at least 1, got {grid} and {in_chans}")
-        if not 0 < alpha <= 1:
-            raise ValueError(f"{name}: alpha must be above 0 and at most 1, got {alpha}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"{name}: decay must be from 0 to 1, got {decay}")
+        check_share(name, above_zero=True, alpha=alpha)
+        check_share(name, decay=decay)
         convolutions = self.embedding
         embed = PatchEmbedding(_PATCH, in_chans, dim) if convolutions is None else convolutions(in_chans, dim)
         sizes = (dim, depth, num_heads, mlp_ratio, num_classes, drop_path, qkv_bias, eps, skip_lam)
@@ -238,12 +237,7 @@ class CFViT(TokenTransformer):
     def coarse_state(self, coarse_images: Tensor) -> CoarseState:
         """The coarse pass up to the last block's attention."""
         embedded = self.sequence(self.patches(coarse_images, self.grid), self.pos_embed_list[0])
-        x, scores = embedded, None
-        for number, block in enumerate(self.blocks[:-1]):
-            if number >= _FIRST_SCORED:
-                x, scores = block.scored(x, scores, self.decay)
-            else:
-                x = block(x)
+        x, scores = self.scored_blocks(embedded, len(self.blocks) - 1)
         last = self.blocks[-1]
         normed = last.norm1(x)
         pairs = last.attn.keys_values(normed)
@@ -260,8 +254,7 @@ class CFViT(TokenTransformer):
     def ranked(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The ranking ``(B, N)`` and its first k, those that are split."""
         order = rank_tokens(scores)
-        _, kept = resplit_index(order, self.alpha)
-        return order, order[:, : order.shape[1] - kept.shape[1]]
+        return order, order[:, : split_count(order.shape[1], self.alpha)]
 
     def chosen_tokens(
         self, images: Tensor, features: Tensor, order: Tensor, embedded: Tensor, rows: Tensor | None = None
@@ -275,13 +268,18 @@ class CFViT(TokenTransformer):
     def coarse_pass(self, coarse_images: Tensor, box: Box = NO_BOX) -> CoarsePass:
         """All blocks over the coarse tokens, with the average of the class token's attention if it is needed."""
         embedded = self.sequence(self.patches(coarse_images, self.grid, box), self.pos_embed_list[0])
-        x, scores = embedded, None
-        for number, block in enumerate(self.blocks):
+        x, scores = self.scored_blocks(embedded, len(self.blocks))
+        return CoarsePass(self.norm(x), scores, embedded)
+
+    def scored_blocks(self, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor | None]:
+        """The first blocks, and with selection the average of the class token's attention in those that are scored."""
+        x, scores = tokens, None
+        for number, block in enumerate(self.blocks[:depth]):
             if self.selection and number >= _FIRST_SCORED:
                 x, scores = block.scored(x, scores, self.decay)
             else:
                 x = block(x)
-        return CoarsePass(self.norm(x), scores, embedded)
+        return x, scores
 
     def fine_tokens(
         self, images: Tensor, coarse: CoarsePass, rows: Tensor | None = None, box: Box = NO_BOX

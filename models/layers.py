@@ -27,8 +27,8 @@ def apply_linear(
     """``layer(input)[..., outputs]``, then the exact GELU if asked for, plus the residual if there is one.
 
     Of a plain ``torch.nn.Linear`` only the outputs that are wanted are computed. In float32 inference on the CPU it is
-    one call of oneDNN, without passes of their own for what follows; MKL, which ``torch.nn.Linear`` calls there,
-    reaches 140 GFLOP/s on two Zen 4 cores where oneDNN reaches 200.
+    one call of oneDNN, without passes of their own for what follows; MKL, which ``torch.nn.Linear`` calls there, is
+    slower on AMD's processors.
     """
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         output = layer(input) if outputs is None else layer(input)[..., outputs]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tersor import resize_align_corners
-from tersor._checks import as_int, check_floating
+from tersor._checks import as_int, check_floating, check_share
 from tersor.models._tokens import (
     NO_BOX,
     Box,
@@ -154,10 +154,7 @@ class SuperViT(TokenTransformer):
 
     def check_rate(self, keep_rate: float) -> None:
         name = type(self).__name__
-        if isinstance(keep_rate, bool) or not isinstance(keep_rate, (int, float)):
-            raise TypeError(f"{name}: keep_rate must be a number, got {type(keep_rate).__name__}")
-        if not 0 < keep_rate <= 1:
-            raise ValueError(f"{name}: keep_rate must be above 0 and at most 1, got {keep_rate}")
+        check_share(name, above_zero=True, keep_rate=keep_rate)
         if keep_rate != 1 and len(self.blocks) <= _PRUNED[0]:
             warnings.warn(
                 f"{name}: keep_rate {keep_rate} drops no token, as the model has {len(self.blocks)} blocks and block "

@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tersor
-from tersor.models._command import PHOTOGRAPHS, about, between, folder, make_output, run_command, write_page
+from tersor.models._command import (
+    PHOTOGRAPHS,
+    about,
+    between,
+    folder,
+    make_output,
+    run_command,
+    training_bar,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,31 +174,18 @@ def _rival() -> Rival:
 
 def _train(console: Console, config: Config, output: Path, resume: bool) -> Result:
     """One run under a progress bar."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
     from tersor.models import _denoise_measure
     from tersor.models._denoise_train import train
 
-    columns = (
-        TextColumn("[bold]{task.description:<14}"),
-        BarColumn(),
-        TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}  {task.fields[note]:<16}"),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task(f"Uformer seed {config.seed}", total=config.steps, epoch=0, epochs=config.epochs, note="")
+    with training_bar(console, f"Uformer seed {config.seed}", config.epochs, config.iterations) as show:
 
-        def show(progress: Progress, step: int) -> None:
-            epoch = len(progress.loss)
-            note = f"loss {progress.loss[-1]:.4f}" if progress.loss else ""
-            bar.update(task, completed=epoch * config.iterations + step + 1, epoch=epoch + 1, note=note)
+        def report(progress: Progress, step: int) -> None:
+            show(len(progress.loss), step + 1, f"loss {progress.loss[-1]:.4f}" if progress.loss else "")
 
-        model, progress = train(config, output, resume, show)
+        model, progress = train(config, output, resume, report)
         pictures = _denoise_measure.denoise(model)
         quality = _denoise_measure.quality(pictures)
-        note = f"PSNR {quality.mean_psnr:.2f} dB"
-        bar.update(task, completed=config.steps, epoch=config.epochs, note=note)
+        show(config.epochs, 0, f"PSNR {quality.mean_psnr:.2f} dB")
     return Result(config, model, progress, pictures, quality)
 
 

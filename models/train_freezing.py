@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tersor.models._command import PHOTOGRAPHS, between, folder, make_output, run_command, write_page, write_results
+from tersor.models._command import (
+    PHOTOGRAPHS,
+    between,
+    folder,
+    make_output,
+    run_command,
+    training_bar,
+    write_page,
+    write_results,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,29 +105,17 @@ def _train(
     console: Console, config: Config, output: Path, start: dict[str, torch.Tensor] | None, resume: bool
 ) -> tuple[torch.nn.Module, Progress]:
     """One run under a progress bar."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
     from tersor.models._freezing_train import train
 
-    columns = (
-        TextColumn("[bold]{task.description:<24}"),
-        BarColumn(),
-        TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}  {task.fields[note]:<32}"),
-        TimeElapsedColumn(),
-    )
     title = f"{config.method} {config.bits}-bit seed {config.seed}"
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task(title, total=config.epochs * config.iterations, epoch=0, epochs=config.epochs, note="")
+    with training_bar(console, title, config.epochs, config.iterations) as show:
 
-        def show(progress: Progress, step: int) -> None:
-            epoch = len(progress.loss)
+        def report(progress: Progress, step: int) -> None:
             note = f"loss {progress.loss[-1]:.2f}, frozen {progress.frozen[-1]:.0%}" if progress.loss else ""
-            bar.update(task, completed=epoch * config.iterations + step + 1, epoch=epoch + 1, note=note)
+            show(len(progress.loss), step + 1, note)
 
-        model, progress = train(config, output, start, resume, show)
-        note = f"accuracy {progress.accuracy:.2f} %, frozen {progress.frozen[-1]:.0%}"
-        bar.update(task, completed=config.epochs * config.iterations, epoch=config.epochs, note=note)
+        model, progress = train(config, output, start, resume, report)
+        show(config.epochs, 0, f"accuracy {progress.accuracy:.2f} %, frozen {progress.frozen[-1]:.0%}")
     return model, progress
 
 

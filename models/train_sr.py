@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tersor
-from tersor.models._command import PHOTOGRAPHS, between, folder, make_output, run_command
+from tersor.models._command import PHOTOGRAPHS, between, folder, make_output, run_command, training_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,37 +151,20 @@ def _say_what_runs(console: Console, options: argparse.Namespace) -> None:
 
 def _train(console: Console, config: Config, output: Path, teacher: nn.Module | None, resume: bool) -> Result:
     """One run under a progress bar."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
     from tersor.models import _sr_measure
     from tersor.models._sr_train import train
 
-    columns = (
-        TextColumn("[bold]{task.description:<24}"),
-        BarColumn(),
-        TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}  {task.fields[note]:<16}"),
-        TimeElapsedColumn(),
-    )
     title = _title(config.method, config.bits) + ("" if config.method == "full" else f" seed {config.seed}")
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task(title, total=config.epochs * config.iterations, epoch=0, epochs=config.epochs, note="")
+    with training_bar(console, title, config.epochs, config.iterations) as show:
 
-        def show(progress: Progress, done: int) -> None:
+        def report(progress: Progress, step: int) -> None:
             note = f"L1 loss {progress.pixel_loss[-1]:.2f}" if progress.pixel_loss else ""
-            bar.update(task, completed=done, epoch=min(progress.epoch + 1, config.epochs), note=note)
+            show(progress.epoch, step + 1, note)
 
-        model, progress = train(
-            config,
-            output,
-            teacher,
-            resume,
-            lambda now, step: show(now, now.epoch * config.iterations + step + 1),
-        )
+        model, progress = train(config, output, teacher, resume, report)
         pictures = _sr_measure.enlarge(model)
         quality = _sr_measure.quality(pictures)
-        bar.update(task, completed=config.epochs * config.iterations, epoch=config.epochs)
-        bar.update(task, note=f"PSNR {quality.mean_psnr:.2f} dB")
+        show(config.epochs, 0, f"PSNR {quality.mean_psnr:.2f} dB")
     return Result(config, model, progress, pictures, quality)
 
 

@@ -29,6 +29,16 @@ def as_int(where: str, **argument: Any) -> int:
         raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}") from None
 
 
+def check_share(where: str, above_zero: bool = False, **argument: Any) -> None:
+    """The one named argument is a number from 0 to 1, or above 0 and at most 1."""
+    ((name, value),) = argument.items()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1 or (above_zero and value == 0):
+        allowed = "above 0 and at most 1" if above_zero else "from 0 to 1"
+        raise ValueError(f"{where}: {name} must be {allowed}, got {value}")
+
+
 def check_floating(where: str, **tensors: Any) -> None:
     """Every named argument is a strided floating-point tensor."""
     for name, tensor in tensors.items():

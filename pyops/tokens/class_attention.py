@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tersor._batching import fold, unfold
-from tersor._checks import accumulate_dtype, check_floating, check_same
+from tersor._checks import accumulate_dtype, check_floating, check_same, check_share
 from tersor._operator import operator
 from tersor.attention.window_attention import window_attention, window_attention_qkvpacked
 
@@ -59,7 +59,8 @@ def class_attention_ema(
     """
     name = "class_attention_ema"
     _check(name, query=query, key=key, value=value)
-    return _attend(query, key, value, scale), _checked_scores(name, query, key, average, decay, scale)
+    scores = _checked_scores(name, query, key, average, decay, scale)
+    return _attend(query, key, value, scale), scores
 
 
 def class_attention_qkvpacked(
@@ -77,10 +78,7 @@ def class_attention_qkvpacked(
     query, key, value = qkv.unbind(2)
     _check(name, query=query, key=key, value=value)
     scores = _checked_scores(name, query, key, average, decay, scale)
-    if _by_window(query):
-        output = window_attention_qkvpacked(qkv[:, None], (1, qkv.shape[1]), scale=scale)
-        return output[:, 0], scores
-    return _attend(query, key, value, scale), scores
+    return attend_qkvpacked(qkv, scale), scores
 
 
 def class_scores(
@@ -106,10 +104,7 @@ def class_scores(
 def _checked_scores(
     name: str, query: Tensor, key: Tensor, average: Tensor | None, decay: float, scale: float | None
 ) -> Tensor:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-        raise TypeError(f"{name}: decay must be a number, got {type(decay).__name__}")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"{name}: decay must be from 0 to 1, got {decay}")
+    check_share(name, decay=decay)
     if average is not None:
         check_floating(name, average=average)
         shape, dtype = (query.shape[0], query.shape[1] - 1), accumulate_dtype(query.dtype)
@@ -140,6 +135,14 @@ def _check(name: str, **tensors: Tensor) -> None:
             f"{name}: {first_name} must be (B, n, heads, head_dim) with n of at least 2, got shape {tuple(first.shape)}"
         )
     check_same(name, **tensors)
+
+
+def attend_qkvpacked(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """The output of :func:`class_attention_qkvpacked` alone, where no scores are needed."""
+    if _by_window(qkv):
+        return window_attention_qkvpacked(qkv[:, None], (1, qkv.shape[1]), scale=scale)[:, 0]
+    query, key, value = qkv.unbind(2)
+    return _attend(query, key, value, scale)
 
 
 def _by_window(query: Tensor) -> bool:

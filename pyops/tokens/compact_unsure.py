@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor._batching import one_by_one
-from tersor._checks import as_int, check_floating
+from tersor._checks import as_int, check_floating, check_share
 from tersor._operator import operator
 
 
@@ -37,15 +37,8 @@ def compact_unsure(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     check_floating(name, logits=logits)
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"{name}: logits must be (B, classes), got shape {tuple(logits.shape)}")
-    check_threshold(name, threshold)
+    check_share(name, threshold=threshold)
     return _compact.without_gradient(logits.detach(), float(threshold))
-
-
-def check_threshold(name: str, threshold: Any) -> None:
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise TypeError(f"{name}: threshold must be a number, got {type(threshold).__name__}")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"{name}: threshold must be from 0 to 1, got {threshold}")
 
 
 def bucket_size(count: int, batch: int, multiple: int = 32) -> int:

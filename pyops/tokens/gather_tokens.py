@@ -124,7 +124,7 @@ _forward = operator(
     derivative=_GatherTokens.apply,
 )
 _backward = operator(
-    "gather_tokens_backward(Tensor grad_output, Tensor index, int length) -> Tensor",
+    "gather_tokens_backward(Tensor grad_output, Tensor index, SymInt length) -> Tensor",
     reference=scatter_rows,
     fake=_fake_backward,
     vmap=_vmap_backward,

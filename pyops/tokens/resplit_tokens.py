@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor._batching import fold, one_by_one, unfold
-from tersor._checks import accumulate_dtype, check_floating
+from tersor._checks import accumulate_dtype, check_floating, check_share
 from tersor._operator import call_function, is_autocast_enabled, operator
 from tersor.tokens.gather_tokens import check_index, gather_rows, scatter_rows
 from tersor.tokens.rank_tokens import check_scores
@@ -123,7 +123,7 @@ def resplit_index(order: Tensor, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
     if order.dim() != 2:
         raise ValueError(f"{name}: order must be (B, N), got shape {tuple(order.shape)}")
     side = _side(name, order.shape[1])
-    _check_alpha(name, alpha)
+    check_share(name, above_zero=True, alpha=alpha)
     chosen = split_count(order.shape[1], alpha)
     return _fine_index(order[:, :chosen], side), order[:, chosen:]
 
@@ -151,13 +151,6 @@ def _side(name: str, count: int) -> int:
     return side
 
 
-def _check_alpha(name: str, alpha: Any) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"{name}: alpha must be a number, got {type(alpha).__name__}")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"{name}: alpha must be above 0 and at most 1, got {alpha}")
-
-
 def _check_shapes(name: str, given: dict[str, Tensor], alpha: float, selected: bool) -> int:
     """Checks the tokens' shapes and devices; returns the number of coarse tokens."""
     coarse = given["coarse"]
@@ -165,7 +158,7 @@ def _check_shapes(name: str, given: dict[str, Tensor], alpha: float, selected: b
         raise ValueError(f"{name}: coarse must be (B, 1 + N, C), got shape {tuple(coarse.shape)}")
     batch, count, channels = coarse.shape[0], coarse.shape[1] - 1, coarse.shape[2]
     _side(name, count)
-    _check_alpha(name, alpha)
+    check_share(name, above_zero=True, alpha=alpha)
     parents = split_count(count, alpha) if selected else count
     first = given["cls"].shape[0] if given["cls"].dim() == 3 and given["cls"].shape[0] == batch else 1
     expected = {
