@@ -1,0 +1,188 @@
+"""Convolution of signs with signs in training: whole numbers, and two bits a sign for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tersor._batching import one_by_one
+from tersor._checks import as_int, check_floating, check_window
+from tersor._operator import call_function, operator
+from tersor._window import check_fits, empty_output, is_channels_last, output_sizes
+from tersor.binary.pack_signs import _pack_signs
+from tersor.binary.unpack_signs import _unpack_signs
+
+
+def binary_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``conv2d`` of sign(input) with sign(weight); zeros, also of the padding, count as 0.
+
+    The sums are exact whole numbers, rounded once to the dtype. The gradients are those of ``conv2d`` at the signs,
+    which pass the sign itself unchanged: put :func:`binary_sign` or its like in front. For the backward pass two bits
+    for each element of the input and the weight are kept.
+
+    Args:
+        input: ``(N, C, H, W)``; float16, bfloat16, float32 or float64; any strides.
+        weight: ``(O, C / groups, KH, KW)``, of the input's dtype; at most 2^23 weights for an output.
+        stride, padding, dilation, groups: as for ``torch.nn.functional.conv2d``.
+
+    Returns:
+        ``(N, O, H', W')`` in the input's dtype, in channels-last memory format if the input is in it, else
+        contiguous. Differentiable once. Under autocast works in that dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+    """
+    name = "binary_conv2d"
+    check_floating(name, input=input, weight=weight)
+    groups = as_int(name, groups=groups)
+    if input.dim() != 4 or not input.shape[1]:
+        raise ValueError(f"{name}: input must be (N, C, H, W) with C of at least 1, got shape {tuple(input.shape)}")
+    if groups < 1 or input.shape[1] % groups:
+        raise ValueError(f"{name}: groups must divide the input channels ({input.shape[1]}), got {groups}")
+    inputs = input.shape[1] // groups
+    if weight.dim() != 4 or weight.shape[1] != inputs or not weight.numel() or weight.shape[0] % groups:
+        raise ValueError(
+            f"{name}: weight must be (O, {inputs}, KH, KW), not empty, with O a multiple of {groups}, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if inputs * weight.shape[2] * weight.shape[3] > 2**23:
+        raise ValueError(
+            f"{name}: weight must have at most 2^23 weights for an output, got shape {tuple(weight.shape)}"
+        )
+    if weight.device != input.device:
+        raise ValueError(f"{name}: weight must be on the device of input {input.device}, got {weight.device}")
+    if weight.dtype != input.dtype:
+        raise TypeError(f"{name}: weight must have the dtype of input {input.dtype}, got {weight.dtype}")
+    window = check_window(name, stride, padding, dilation)
+    check_fits(name, input.shape, weight.shape[2:], *window)
+    return call_function(_BinaryConv2d, input, weight, *window, groups)[0]
+
+
+def _reference(
+    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels_last = is_channels_last(input)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    signs = torch.sign(input).to(dtype), torch.sign(weight).to(dtype)
+    output = torch.round(F.conv2d(*signs, None, stride, padding, dilation, groups)).to(input.dtype)
+    output = empty_output(input, output.shape, channels_last).copy_(output)
+    return output, _pack_signs.overload(input, None, groups), _pack_signs.overload(weight, None, 1)
+
+
+def _reference_backward(
+    grad_output: Tensor,
+    input_signs: Tensor,
+    weight_signs: Tensor,
+    channels: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    channels_last: bool,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = grad_output.dtype
+    input = _unpack_signs.overload(input_signs, channels, dtype, channels_last)
+    weight = _unpack_signs.overload(weight_signs, channels // groups, dtype, channels_last)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    options = (None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False])
+    grads = torch.ops.aten.convolution_backward(grad_output.contiguous(memory_format=format), input, weight, *options)
+    empty = grad_output.new_empty(0)
+    grad_input = grads[0].contiguous(memory_format=format) if need_input else empty
+    return grad_input, grads[1].contiguous() if need_weight else empty
+
+
+def _fake(
+    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = output_sizes(input.shape, weight.shape[2:], stride, padding, dilation)
+    output = empty_output(input, (input.shape[0], weight.shape[0], *sizes), is_channels_last(input))
+    words = (input.shape[1] // groups + 63) // 64
+    batch, _, height, width = input.shape
+    input_signs = input.new_empty((2, batch, height, width, groups, words), dtype=torch.int64)
+    outputs, _, *kernel = weight.shape
+    return output, input_signs, input.new_empty((2, outputs, *kernel, 1, words), dtype=torch.int64)
+
+
+def _fake_backward(
+    grad_output: Tensor, input_signs: Tensor, weight_signs: Tensor, channels: int, *args: Any
+) -> tuple[Tensor, Tensor]:
+    _, _, _, groups, channels_last, need_input, need_weight = args
+    empty = grad_output.new_empty(0)
+    _, batch, height, width, _, _ = input_signs.shape
+    grad_input = empty_output(grad_output, (batch, channels, height, width), channels_last) if need_input else empty
+    _, outputs, kernel_h, kernel_w, _, _ = weight_signs.shape
+    shape = (outputs, channels // groups, kernel_h, kernel_w)
+    return grad_input, grad_output.new_empty(shape) if need_weight else empty.clone()
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    return one_by_one(_binary_conv2d, info, in_dims, args)
+
+
+def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    return one_by_one(_backward.overload, info, in_dims, args)
+
+
+class _BinaryConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(input, weight, stride, padding, dilation, groups):
+        return _forward(input, weight, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, _, *ctx.window, ctx.groups = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.channels, ctx.channels_last = input.shape[1], is_channels_last(input)
+        ctx.dtypes = input.dtype, inputs[1].dtype
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 6
+        options = (ctx.channels, *ctx.window, ctx.groups, ctx.channels_last, *ctx.needs_input_grad[:2])
+        grads = _backward(grad_output, *ctx.saved_tensors, *options)
+        results = [
+            grad.to(dtype) if need else None
+            for grad, dtype, need in zip(grads, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+        ]
+        return (*results, None, None, None, None)
+
+    vmap = staticmethod(_vmap)
+
+
+def _binary_conv2d(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _BinaryConv2d.apply(*args)
+
+
+_WINDOW = "int[] stride, int[] padding, int[] dilation, SymInt groups"
+_forward = operator(
+    f"binary_conv2d_forward(Tensor input, Tensor weight, {_WINDOW})"
+    " -> (Tensor output, Tensor input_signs, Tensor weight_signs)",
+    reference=_reference,
+    fake=_fake,
+    vmap=_vmap,
+    derivative=_binary_conv2d,
+    autocast=True,
+)
+_backward = operator(
+    "binary_conv2d_backward(Tensor grad_output, Tensor input_signs, Tensor weight_signs, SymInt channels,"
+    f" {_WINDOW}, bool channels_last, bool need_input, bool need_weight) -> (Tensor grad_input, Tensor grad_weight)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    vmap=_vmap_backward,
+)

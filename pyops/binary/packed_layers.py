@@ -1,0 +1,296 @@
+"""Binary layers for inference: packed weights, whole numbers, and what follows the convolution in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor._checks import check_window
+from tersor.binary.binary_packed_conv2d import (
+    ROWS,
+    Epilogue,
+    PackedBinaryWeight,
+    binary_packed_conv2d,
+    binary_packed_conv2d_signs,
+    epilogue,
+    pack_binary_weight,
+)
+from tersor.binary.layers import BinaryConv2d, BinaryLayer, BinaryLinear, ReCUConv2d, _amounts
+from tersor.binary.pack_signs import PackedSigns, pack_signs
+from tersor.freezing.mask import mask_size, pack_mask, unpack_mask
+
+
+class _Packed(nn.Module):
+    """What the packed layers share.
+
+    The state dict holds plain tensors: ``packed``, one bit a weight in row-major order, set for a positive one;
+    ``nonzero``, likewise, where a weight is zero; and ``rows`` of the :class:`Epilogue` as far as they are used, or
+    ``thresholds`` of the signs. Half and double precision do not touch these: the output has the dtype of the input.
+    """
+
+    packed: Tensor
+    nonzero: Tensor | None
+    rows: Tensor | None
+    blocks: Tensor
+    sums: Tensor
+    full_rows: Tensor | None
+
+    def _configure(self, layer: BinaryLayer, groups: int) -> None:
+        with torch.no_grad():
+            weight = layer.binary_weight()
+        self.shape, self.groups = tuple(weight.shape), groups
+        zeros = bool((weight == 0).any())
+        self.register_buffer("packed", pack_mask(weight > 0))
+        self.register_buffer("nonzero", pack_mask(weight != 0) if zeros else None)
+        self.relu, self.activation = False, "none"
+
+    def signs_of_weight(self) -> Tensor:
+        """-1, 0 and 1 in the weight's shape."""
+        positive = unpack_mask(self.packed, self.shape).float()
+        return 2 * positive - 1 if self.nonzero is None else (2 * positive - 1) * unpack_mask(self.nonzero, self.shape)
+
+    def _used_rows(self) -> list[int]:
+        return [0, 1, *([2, 3] if self.relu else []), *([4, 5, 6] if self.activation == "prelu" else [])]
+
+    def _prepare(self) -> None:
+        """What is not stored: weights and rows as the kernels read them."""
+        weight = pack_binary_weight(
+            self.signs_of_weight().view(*self.shape, *(1,) * (4 - len(self.shape))), self.groups
+        )
+        self.register_buffer("blocks", weight.blocks, persistent=False)
+        self.register_buffer("sums", weight.sums, persistent=False)
+        full = None
+        if self.rows is not None:
+            used = {ROWS[i]: row for i, row in zip(self._used_rows(), self.rows, strict=True)}
+            options = {"relu": self.relu, "activation": self.activation, "device": self.rows.device}
+            full = epilogue(self.shape[0], **options, **used).rows
+        self.register_buffer("full_rows", full, persistent=False)
+
+    def packed_weight(self) -> PackedBinaryWeight:
+        return PackedBinaryWeight(self.blocks, self.sums, self.shape[1])
+
+    def train(self, mode: bool = True) -> _Packed:
+        """Stays in eval mode: there is nothing to train."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "nonzero")
+        if given is None:
+            self._buffers["nonzero"] = None
+        elif self.nonzero is None:
+            self._buffers["nonzero"] = self.packed.new_zeros(mask_size(self.shape))
+        before = len(args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(args[-1]) == before:
+            self._prepare()
+
+
+class PackedBinaryConv2d(_Packed):
+    r"""A binary convolution for inference, as :func:`convert_` makes it.
+
+    Its sums of signs are exact. With a norm and all that follows in the same pass (see :class:`Epilogue`), the output
+    differs from that of the layers it replaces by the roundings of a few float32 operations. With ``signs_for`` it
+    gives the :class:`PackedSigns` of the output instead; these are exactly the signs that the replaced layers compute,
+    for their thresholds are found by running these layers on every whole number there can be.
+
+    Args:
+        layer: a trained :class:`BinaryConv2d`, :class:`ReSTEConv2d` or :class:`ReCUConv2d` whose input is binarised.
+        norm: a ``torch.nn.BatchNorm2d`` with running statistics that follows.
+        relu: a ReLU comes between the two.
+        activation: what follows norm and residual: None, a ``torch.nn.Hardtanh`` from -1 to 1, or a module with a
+            method ``prelu_rows()`` that returns its numbers (before, slope, after), see :class:`Epilogue`.
+        before: added to the input before its signs are taken, C elements.
+        signs_for: groups of the binary convolution that alone takes the output; None for a map of numbers.
+
+    Shape:
+        ``(N, C, H, W)`` or :class:`PackedSigns`, and a residual of the output's shape, to ``(N, O, H', W')`` in
+        channels-last memory format.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated, or the signs do not grow or fall with the whole numbers.
+    """
+
+    before: Tensor | None
+    thresholds: Tensor | None
+
+    def __init__(
+        self,
+        layer: BinaryConv2d | ReCUConv2d,
+        norm: nn.BatchNorm2d | None = None,
+        *,
+        relu: bool = False,
+        activation: nn.Module | None = None,
+        before: Tensor | None = None,
+        signs_for: int | None = None,
+    ) -> None:
+        super().__init__()
+        name = "PackedBinaryConv2d"
+        if not isinstance(layer, (BinaryConv2d, ReCUConv2d)):
+            raise TypeError(f"{name}: layer must be a binary convolution, got {type(layer).__name__}")
+        if not layer.takes_signs:
+            raise ValueError(f"{name}: layer must binarise its input, got one that takes it as it is")
+        if norm is not None and (norm.num_features != layer.out_channels or norm.running_mean is None):
+            raise ValueError(f"{name}: norm must have {layer.out_channels} channels and running statistics")
+        self._configure(layer, layer.groups)
+        self.stride, self.padding, self.dilation = check_window(name, layer.stride, _amounts(layer), layer.dilation)
+        self.fused, self.signs_for = norm is not None, signs_for
+        self.register_buffer("before", None if before is None else before.detach().float().flatten().clone())
+        rows = thresholds = None
+        if signs_for is None:
+            self.relu = relu
+            rows, self.activation = _rows(layer, norm, relu, activation)
+            rows = rows[self._used_rows()].clone()
+        else:
+            thresholds = _thresholds(layer, norm, relu, activation)
+        self.register_buffer("rows", rows)
+        self.register_buffer("thresholds", thresholds)
+        self._prepare()
+        self.eval()
+
+    def forward(self, input: Tensor | PackedSigns, residual: Tensor | None = None) -> Tensor | PackedSigns:
+        weight, window = self.packed_weight(), (self.stride, self.padding, self.dilation)
+        dtype = torch.float32
+        if isinstance(input, Tensor):
+            dtype = input.dtype
+            before = None if self.before is None else self.before.to(dtype)
+            input = pack_signs(input, before, self.groups)
+        if self.thresholds is not None:
+            assert self.signs_for is not None
+            return binary_packed_conv2d_signs(input, weight, self.thresholds, *window, groups=self.signs_for)
+        assert self.full_rows is not None
+        end = Epilogue(self.full_rows, self.relu, self.activation)
+        dtype = dtype if residual is None else residual.dtype
+        return binary_packed_conv2d(input, weight, *window, epilogue=end, residual=residual, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        outputs, inputs, *kernel = self.shape
+        gives = "numbers" if self.signs_for is None else "signs"
+        return (
+            f"{inputs * self.groups}, {outputs}, kernel_size={tuple(kernel)}, stride={tuple(self.stride)}, "
+            f"padding={tuple(self.padding)}, groups={self.groups}, fused={self.fused}, gives={gives}"
+        )
+
+
+class PackedBinaryLinear(_Packed):
+    """A :class:`BinaryLinear` for inference, as :func:`convert_` makes it; see :class:`PackedBinaryConv2d`.
+
+    Shape:
+        as ``torch.nn.Linear``.
+    """
+
+    def __init__(self, layer: BinaryLinear) -> None:
+        super().__init__()
+        if not isinstance(layer, BinaryLinear):
+            raise TypeError(f"PackedBinaryLinear: layer must be a BinaryLinear, got {type(layer).__name__}")
+        if not layer.takes_signs:
+            raise ValueError("PackedBinaryLinear: layer must binarise its input, got one that takes it as it is")
+        self._configure(layer, 1)
+        self.register_buffer("rows", _rows(layer, None, False, None)[0][:2].clone())
+        self._prepare()
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        signs = pack_signs(rows[:, :, None, None])
+        weight = self.packed_weight()
+        assert self.full_rows is not None
+        output = binary_packed_conv2d(signs, weight, epilogue=Epilogue(self.full_rows), dtype=input.dtype)
+        return output.reshape(*input.shape[:-1], self.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]}, {self.shape[0]}"
+
+
+class PackedWeightConv2d(_Packed):
+    """A :class:`BinaryConv2d` that takes its input as it is: its weight is stored in bits, and it computes in float.
+
+    Shape:
+        as ``torch.nn.Conv2d``.
+    """
+
+    def __init__(self, layer: BinaryConv2d) -> None:
+        super().__init__()
+        self._configure(layer, layer.groups)
+        self.stride, self.padding, self.dilation = layer.stride, _amounts(layer), layer.dilation
+        self.register_buffer("rows", _rows(layer, None, False, None)[0][:2].clone())
+        self._prepare()
+        self.eval()
+
+    def _prepare(self) -> None:
+        self.register_buffer("signs", self.signs_of_weight(), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.rows is not None
+        factor, addend = self.rows.to(input.dtype)
+        weight = self.signs.to(input.dtype) * factor.view(-1, 1, 1, 1)
+        return F.conv2d(input, weight, addend, self.stride, self.padding, self.dilation, self.groups)
+
+
+@torch.no_grad()
+def _rows(
+    layer: BinaryLayer, norm: nn.BatchNorm2d | None, relu: bool, activation: nn.Module | None
+) -> tuple[Tensor, str]:
+    """All rows of the epilogue, and the name of its activation."""
+    scale, shift = (t.double() for t in layer.affine())
+    rows = dict(zip(ROWS, torch.zeros(len(ROWS), len(scale), dtype=torch.float64, device=scale.device), strict=True))
+    if norm is not None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        gain = (norm.running_var.double() + norm.eps).rsqrt()
+        gain = gain if norm.weight is None else gain * norm.weight.double()
+        offset = -norm.running_mean.double() * gain
+        offset = offset if norm.bias is None else offset + norm.bias.double()
+        if relu:
+            rows |= {"gain": gain, "offset": offset}
+        else:
+            scale, shift = scale * gain, shift * gain + offset
+    elif relu:
+        rows |= {"gain": torch.ones_like(scale)}
+    rows |= {"scale": scale, "shift": shift}
+    name = "none"
+    if activation is not None:
+        if callable(get := getattr(activation, "prelu_rows", None)):
+            name = "prelu"
+            for key, row in zip(("before", "slope", "after"), get(), strict=True):
+                rows[key] = row.detach().double().flatten().expand(len(scale))
+        elif is_hardtanh(activation):
+            name = "hardtanh"
+        else:
+            raise ValueError(f"activation must be a Hardtanh from -1 to 1 or have prelu_rows, got {activation}")
+    return torch.stack([rows[key] for key in ROWS]).float(), name
+
+
+def is_hardtanh(module: Any) -> bool:
+    return isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (-1, 1)
+
+
+@torch.no_grad()
+def _thresholds(
+    layer: BinaryConv2d | ReCUConv2d, norm: nn.BatchNorm2d | None, relu: bool, activation: nn.Module | None
+) -> Tensor:
+    """Where the sign of what the layers make of a whole number changes, by trying all of them."""
+    terms = layer.weight[0].numel()
+    y = torch.arange(-terms, terms + 1, dtype=layer.weight.dtype, device=layer.weight.device)
+    y = layer.rescale(y.view(-1, 1, 1, 1).expand(-1, layer.out_channels, 1, 1))
+    y = F.relu(y) if relu else y
+    if norm is not None:
+        y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    y = y if activation is None else activation(y)
+    signs = torch.sign(y).flatten(1).int()  # (2 terms + 1, O)
+    direction = torch.where(signs[-1] < signs[0], -1, 1).int()
+    signs = signs * direction
+    if bool((signs[1:] < signs[:-1]).any()):
+        raise ValueError("the signs of the output must grow or fall with the sums, got neither")
+    lower, upper = (signs < 0).sum(0) - terms, (signs <= 0).sum(0) - terms - 1
+    return torch.stack([direction, lower.int(), upper.int()])
