@@ -188,8 +188,14 @@ class PackedBinaryConv2d(_Packed):
 class PackedBinaryLinear(_Packed):
     """A :class:`BinaryLinear` for inference, as :func:`convert_` makes it; see :class:`PackedBinaryConv2d`.
 
+    Args:
+        layer: trained, of binarised input.
+
     Shape:
         as ``torch.nn.Linear``.
+
+    Raises:
+        TypeError, ValueError: ``layer`` or the input is not as stated.
     """
 
     def __init__(self, layer: BinaryLinear) -> None:
@@ -221,12 +227,20 @@ class PackedBinaryLinear(_Packed):
 class PackedWeightConv2d(_Packed):
     """A :class:`BinaryConv2d` that takes its input as it is: its weight is stored in bits, and it computes in float.
 
+    Args:
+        layer: trained.
+
     Shape:
         as ``torch.nn.Conv2d``.
+
+    Raises:
+        TypeError: ``layer`` or the input is not as stated.
     """
 
     def __init__(self, layer: BinaryConv2d) -> None:
         super().__init__()
+        if not isinstance(layer, BinaryConv2d):
+            raise TypeError(f"PackedWeightConv2d: layer must be a BinaryConv2d, got {type(layer).__name__}")
         self._configure(layer, layer.groups)
         self.stride, self.padding, self.dilation = layer.stride, _amounts(layer), layer.dilation
         self.register_buffer("rows", _rows(layer, None, False, None)[0][:2].clone())
