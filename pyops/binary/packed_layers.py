@@ -68,7 +68,7 @@ class _Packed(nn.Module):
         full = None
         if self.rows is not None:
             used = {ROWS[i]: row for i, row in zip(self._used_rows(), self.rows, strict=True)}
-            options = {"relu": self.relu, "activation": self.activation, "device": self.rows.device}
+            options: dict[str, Any] = {"relu": self.relu, "activation": self.activation, "device": self.rows.device}
             full = epilogue(self.shape[0], **options, **used).rows
         self.register_buffer("full_rows", full, persistent=False)
 
@@ -103,7 +103,8 @@ class PackedBinaryConv2d(_Packed):
     Its sums of signs are exact. With a norm and all that follows in the same pass (see :class:`Epilogue`), the output
     differs from that of the layers it replaces by the roundings of a few float32 operations. With ``signs_for`` it
     gives the :class:`PackedSigns` of the output instead; these are exactly the signs that the replaced layers compute,
-    for their thresholds are found by running these layers on every whole number there can be.
+    for their thresholds are found by running these layers on every whole number there can be. (Where the exact result
+    is 0, torch's own ``batch_norm`` may round to another side in another memory format.)
 
     Args:
         layer: a trained :class:`BinaryConv2d`, :class:`ReSTEConv2d` or :class:`ReCUConv2d` whose input is binarised.
@@ -289,7 +290,8 @@ def _rows(
 
 
 def _prelu_rows(activation: nn.Module) -> dict[str, Tensor]:
-    parts, rows = list(activation) if isinstance(activation, nn.Sequential) else [activation], {}
+    parts: list[Any] = list(activation) if isinstance(activation, nn.Sequential) else [activation]
+    rows: dict[str, Tensor] = {}
     if parts and isinstance(parts[0], ChannelBias):
         rows["before"] = parts.pop(0).bias
     if parts and isinstance(parts[-1], ChannelBias):
