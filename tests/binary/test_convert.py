@@ -51,6 +51,8 @@ def settled(model: nn.Module) -> nn.Module:
             nn.init.uniform_(next(module.parameters()), 0.1, 0.5)
         if isinstance(module, ReCUConv2d):
             nn.init.normal_(module.alpha)
+        if isinstance(module, BinaryConv2d):
+            module.weight.data[0, 0] = 0
     return model.eval()
 
 
