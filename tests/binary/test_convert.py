@@ -214,6 +214,26 @@ def test_what_an_unfused_step_needs_stays() -> None:
     assert not packed.conv3.fused
 
 
+def test_modules_shared_by_steps() -> None:
+    class Shared(Steps):
+        def __init__(self) -> None:
+            super().__init__("reste", True, None, None)
+            self.conv2, self.conv3 = nn.Conv2d(6, 6, 3, padding=1), self.conv1
+
+        def binary_steps(self) -> Iterator[BinaryStep]:
+            first, second, third = super().binary_steps()
+            yield from (first, second._replace(norm="bn1"), third)
+
+    packed = check(settled(Shared()), torch.randn(2, 6, 9, 9))
+    assert packed.conv1 is packed.conv3
+    assert not packed.conv1.fused, "two norms follow"
+    model = settled(Shared())
+    model.conv3 = ReSTEConv2d(6, 6, 3, padding=1)
+    packed = check(model.eval(), torch.randn(2, 6, 9, 9))
+    assert packed.conv1.fused
+    assert isinstance(packed.bn1, nn.BatchNorm2d), "the second step needs it"
+
+
 def test_shared_modules() -> None:
     """A shared activation is taken out only where its work is done; a shared convolution is packed by itself."""
     conv, norm, act = ReSTEConv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Hardtanh()
