@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.binary import BinaryStep, ChannelBias, ReCUConv2d, ReSTEConv2d, binary_step
-from tersor.models.layers import Hardtanh, Layer
+from tersor.models.layers import Hardtanh, Layer, hardtanh
 from tersor.models.resnet import ResNet
 
 Reshape = Callable[[int, int, int], nn.Module]  # a shortcut's module for channels before, channels after, and stride
@@ -61,7 +61,7 @@ def _check_divides(input: Tensor, stride: int) -> None:
         )
 
 
-def projected(before: int, after: int, stride: int) -> nn.Module:
+def projected(before: int, after: int, stride: int) -> nn.Sequential:
     """A 1x1 convolution in full precision and a norm."""
     return nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after))
 
@@ -158,7 +158,7 @@ class ShiftedBlock(nn.Module):
 
 CIFAR: dict[str, Any] = {"stem": "cifar", "shortcut": "shortcut", "classifier": "linear", "norm": "bn2"}
 IMAGENET: dict[str, Any] = {"stem": "imagenet", "norm": "bn2"}
-RECU: dict[str, Any] = {"conv": ReCUConv2d, "first": nn.Conv2d, "stem_activation": F.hardtanh}
+RECU: dict[str, Any] = {"conv": ReCUConv2d, "first": nn.Conv2d, "stem_activation": hardtanh}
 RESTE: dict[str, Any] = {"conv": ReSTEConv2d, "first": nn.Conv2d, "activation_first": True}
 TWO_STAGE: dict[str, Any] = {
     "conv": ReCUConv2d,

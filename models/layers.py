@@ -104,18 +104,23 @@ class _Hardtanh(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad_output, *ctx.saved_tensors, -1.0, 1.0)
 
 
-class Hardtanh(nn.Hardtanh):
-    """``torch.nn.Hardtanh`` from -1 to 1 that keeps its result for the backward pass, not its input.
+def hardtanh(input: Tensor) -> Tensor:
+    """``torch.nn.functional.hardtanh`` that keeps its result for the backward pass, not its input.
 
     This saves a map where the next layer keeps the result anyway, as a binary convolution does. The gradient is the
     same: it passes strictly between -1 and 1. (In place, torch keeps a copy of the input.)
     """
+    return _Hardtanh.apply(input) if torch.is_grad_enabled() and input.requires_grad else F.hardtanh(input)
+
+
+class Hardtanh(nn.Hardtanh):
+    """:func:`hardtanh` as a module."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Hardtanh.apply(input) if torch.is_grad_enabled() and input.requires_grad else F.hardtanh(input)
+        return hardtanh(input)
 
 
 class GlobalAttention(nn.Module):

@@ -95,9 +95,11 @@ class VGGSmall(nn.Module):
 
 def vgg_small_recu(num_classes: int = 10, width: int = 128, in_chans: int = 3, **options: Any) -> VGGSmall:
     """ReCU for CIFAR: 4.7 M parameters, 0.60 G binary multiply-adds; options as for :class:`VGGSmall`."""
-    return VGGSmall(num_classes, width, in_chans, **{"conv": ReCUConv2d} | options)
+    options = {"conv": ReCUConv2d} | options
+    return VGGSmall(num_classes, width, in_chans, **options)
 
 
 def vgg_small_reste(num_classes: int = 10, width: int = 128, in_chans: int = 3, **options: Any) -> VGGSmall:
     """ReSTE for CIFAR: 4.7 M parameters, 0.60 G binary multiply-adds; options as for :class:`VGGSmall`."""
-    return VGGSmall(num_classes, width, in_chans, **{"conv": ReSTEConv2d, "relu": True} | options)
+    defaults: dict[str, Any] = {"conv": ReSTEConv2d, "relu": True}
+    return VGGSmall(num_classes, width, in_chans, **defaults | options)

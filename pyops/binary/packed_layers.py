@@ -68,7 +68,7 @@ class _Packed(nn.Module):
         full = None
         if self.rows is not None:
             used = {ROWS[i]: row for i, row in zip(self._used_rows(), self.rows, strict=True)}
-            options = {"relu": self.relu, "activation": self.activation, "device": self.rows.device}
+            options: dict[str, Any] = {"relu": self.relu, "activation": self.activation, "device": self.rows.device}
             full = epilogue(self.shape[0], **options, **used).rows
         self.register_buffer("full_rows", full, persistent=False)
 
@@ -289,7 +289,8 @@ def _affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _prelu_rows(activation: nn.Module) -> dict[str, Tensor]:
-    parts, rows = list(activation) if isinstance(activation, nn.Sequential) else [activation], {}
+    parts: list[Any] = list(activation) if isinstance(activation, nn.Sequential) else [activation]
+    rows: dict[str, Tensor] = {}
     if parts and isinstance(parts[0], ChannelBias):
         rows["before"] = parts.pop(0).bias
     if parts and isinstance(parts[-1], ChannelBias):

@@ -51,6 +51,8 @@ def settled(model: nn.Module) -> nn.Module:
             nn.init.uniform_(next(module.parameters()), 0.1, 0.5)
         if isinstance(module, ReCUConv2d):
             nn.init.normal_(module.alpha)
+        if isinstance(module, BinaryConv2d):
+            module.weight.data[0, 0] = 0
     return model.eval()
 
 
@@ -210,6 +212,26 @@ def test_what_an_unfused_step_needs_stays() -> None:
     assert packed.conv1.fused
     assert packed.conv1.signs_for is None
     assert not packed.conv3.fused
+
+
+def test_modules_shared_by_steps() -> None:
+    class Shared(Steps):
+        def __init__(self) -> None:
+            super().__init__("reste", True, None, None)
+            self.conv2, self.conv3 = nn.Conv2d(6, 6, 3, padding=1), self.conv1
+
+        def binary_steps(self) -> Iterator[BinaryStep]:
+            first, second, third = super().binary_steps()
+            yield from (first, second._replace(norm="bn1"), third)
+
+    packed = check(settled(Shared()), torch.randn(2, 6, 9, 9))
+    assert packed.conv1 is packed.conv3
+    assert not packed.conv1.fused, "two norms follow"
+    model = settled(Shared())
+    model.conv3 = ReSTEConv2d(6, 6, 3, padding=1)
+    packed = check(model.eval(), torch.randn(2, 6, 9, 9))
+    assert packed.conv1.fused
+    assert isinstance(packed.bn1, nn.BatchNorm2d), "the second step needs it"
 
 
 def test_shared_modules() -> None:

@@ -284,6 +284,18 @@ def test_packed(build: Any) -> None:
     assert not any(".move" in name or ".nonlinear" in name for name in packed.state_dict())
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_training_is_one_graph(relu: bool) -> None:
+    conv = ReSTEConv2d if relu else ReCUConv2d
+    model = nn.Sequential(*(BinaryBlock(i, 2 * i, i, conv, relu=relu) for i in (1, 2))).double()
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    for network in (model, compiled):
+        network(x).square().sum().backward()
+    for ours, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("build", [resnet20_recu, resnet20_reste, resnet18_recu_two_stage], ids=named)
 def test_packed_network_is_one_graph(build: Any) -> None:
     model = convert_(spread(build(5, width=4)).eval())
