@@ -20,6 +20,7 @@ from tersor.triton_kernels.quantization._fake_quantize import Case
 
 WORD = 64  # channels
 HALF = 32
+MOST = 2**31 - 4096  # positions of an image, so that those of a program that has its last one are int32 too
 
 
 @triton.jit
@@ -54,6 +55,8 @@ def use_assembly() -> bool:
 
 def check_words(where: str, signs: Tensor) -> None:
     """What a kernel would answer with a read outside a tensor."""
+    if signs.dim() == 6 and signs.shape[2] * signs.shape[3] > MOST:
+        raise ValueError(f"{where}: signs must have at most {MOST} positions an image, got {tuple(signs.shape)}")
     if signs.dtype != torch.int64 or signs.dim() != 6 or signs.shape[0] != 2:
         raise ValueError(
             f"{where}: signs must be int64 (2, N, H, W, groups, words), got {signs.dtype} of {tuple(signs.shape)}"

@@ -358,9 +358,9 @@ def ahead_of_time_cases() -> Iterator[Case]:
     for channels, images, size in ((64, 32, 56), (512, 8, 7)):
         shape = (images, channels, size, size)
         for planes in (1, 2):
-            own = {"PLANES": planes, "OFFSET": tl.int32, "ASSEMBLY": True}
+            own: dict[str, Any] = {"PLANES": planes, "OFFSET": tl.int32, "ASSEMBLY": True}
             label = f"{channels} channels, {planes} planes"
-            ends = {
+            ends: dict[str, dict[str, Any]] = {
                 "sums fp32": {"rows": None, "residual": None, "ACTIVATION": "none", "RELU": False},
                 "prelu fp16": {"ACTIVATION": "prelu", "RELU": True, "residual_c": 1},
                 "hardtanh fp32": {"ACTIVATION": "hardtanh", "RELU": False, "residual": None},
