@@ -138,7 +138,7 @@ def _convolve_kernel(
     tl.store(target[:, None] + offset[None, :], y.to(output.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_WINDOW, "outputs", "next_outputs", "next_words"])
+@triton.jit(do_not_specialize=[*_SIZES, *_WINDOW, "outputs", "next_outputs", "next_words", "columns"])
 def _signs_kernel(
     signs, weight, thresholds, output,
     images, size, out_width, height, width, groups, words, blocks, outputs,
@@ -239,8 +239,8 @@ def convolve(
         signs.contiguous(), weight.contiguous(), None if rows is None else rows.contiguous(),
         None if rows is None else residual, output,
     )  # fmt: skip
-    strides = (output.stride(0), output.stride(1), outputs if channels_last else 1)
-    strides += (0, 0, 0, 0) if residual is None else residual.stride()
+    strides = [output.stride(0), output.stride(1), outputs if channels_last else 1]
+    strides += [0, 0, 0, 0] if residual is None else residual.stride()
     constants |= {"RELU": relu, "ACTIVATION": activation} if rows is not None else {"RELU": False, "ACTIVATION": "none"}
     sizes = _sizes(signs, weight, shape)
     with torch.cuda.device_of(signs):

@@ -317,10 +317,8 @@ def ahead_of_time_cases() -> Iterator[Case]:
     for name in ("fp16", "fp32"):
         data = dict.fromkeys(("input", "output", "grad_output", "grad_input"), f"*{name}:16")
         kinds = numbers | data | dict.fromkeys(("partials", "statistics"), "*fp32:16")
-        scaled = ((_moments_kernel, ""), (_statistics_kernel, ""))
-        scaled += tuple(
-            (k, rule) for k in (_partial_sums_kernel, _scaled_backward_kernel) for rule in ("approx", "reste")
-        )
+        scaled = [(_moments_kernel, ""), (_statistics_kernel, "")]
+        scaled += [(k, rule) for k in (_partial_sums_kernel, _scaled_backward_kernel) for rule in ("approx", "reste")]
         for kernel, rule in scaled:
             every = tile | {"RULE": rule, "BLOCK": BLOCK if kernel is _statistics_kernel else ELEMENTS}
             constants = {k: v for k, v in every.items() if k in kernel.arg_names}
