@@ -17,7 +17,8 @@ test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/native
 	OMP_NUM_THREADS=2 $(PY) -m pytest $(TEST_OPTIONS) tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) -k triton \
-	    tests/attention tests/freezing tests/quantization tests/sparsity tests/tokens tests/test_conformance.py tests/test_parity.py
+	    tests/attention tests/binary tests/freezing tests/quantization tests/sparsity tests/tokens \
+	    tests/test_conformance.py tests/test_parity.py
 
 bench: .venv/native
 	$(PY) bench/run.py

@@ -1,0 +1,1 @@
+"""Binary networks: signs, their estimated gradients, and convolution by counting bits."""
