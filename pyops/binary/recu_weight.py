@@ -99,7 +99,7 @@ def _reference(weight: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     average = (SCALE * centred * rstd).abs().mean()
     bound = torch.where(tau < 1, -average * torch.log(2 - 2 * tau.to(average.dtype)), torch.inf)
     bound = torch.where(average.isfinite(), bound, average)
-    output = torch.where(bound > 0, torch.sign(centred), 0).to(weight.dtype).view(weight.shape)
+    output = torch.where(bound > 0, torch.sign(centred), 0).to(weight.dtype).reshape(weight.shape).contiguous()
     return output, torch.cat([mean, rstd], dim=1), bound
 
 
@@ -111,7 +111,7 @@ def _reference_backward(grad_output: Tensor, weight: Tensor, statistics: Tensor,
     grad = torch.where(passed, grad_output.to(exact.dtype).flatten(1), 0)
     along = (grad * centred).sum(1, keepdim=True) * rstd.square() / (exact.shape[1] - 1)
     inner = SCALE * rstd * (grad - centred * along)
-    return (inner - inner.mean(1, keepdim=True)).to(weight.dtype).view(weight.shape)
+    return (inner - inner.mean(1, keepdim=True)).to(weight.dtype).reshape(weight.shape).contiguous()
 
 
 def _fake(weight: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:

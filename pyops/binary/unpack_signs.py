@@ -51,8 +51,8 @@ def check_signs(where: str, signs: Any) -> None:
 
 def _reference(signs: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
     positive, nonzero = bits_of(signs, channels).unbind(0)
-    map = (2 * positive.to(dtype) - 1) * nonzero.to(dtype)
-    return map.permute(0, 3, 1, 2).contiguous(memory_format=_format(channels_last))
+    map = torch.where(nonzero, 2 * positive.to(dtype) - 1, 0).permute(0, 3, 1, 2)
+    return torch.empty_like(map, memory_format=_format(channels_last)).copy_(map)
 
 
 def _format(channels_last: bool) -> torch.memory_format:

@@ -120,8 +120,13 @@ def _convolve_kernel(
         own = rows + channel
         y = tl.load(own, mask=real, other=0.0)[None, :] * y + tl.load(own + row, mask=real, other=0.0)[None, :]
         if RELU:
-            gain = tl.load(own + 2 * row, mask=real, other=0.0)[None, :]
-            y = gain * relu(y) + tl.load(own + 3 * row, mask=real, other=0.0)[None, :]
+            y = relu(y)
+        gain = tl.load(own + 2 * row, mask=real, other=0.0)[None, :]
+        added = tl.load(own + 3 * row, mask=real, other=0.0)[None, :]
+        if ASSEMBLY:  # one rounding, as torch's norms have
+            y = tl.fma(y, tl.broadcast_to(gain, y.shape), tl.broadcast_to(added, y.shape))
+        else:  # the interpreter's own rounds twice
+            y = (y.to(tl.float64) * gain.to(tl.float64) + added.to(tl.float64)).to(tl.float32)
         if residual is not None:
             source = residual + image * residual_n + (place // out_width).to(tl.int64) * residual_h
             source += (place % out_width).to(tl.int64) * residual_w
