@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.model = config, config.build()
         self.schedule = None if config.method == "float" else BinarySchedule(self.model, config.epochs)
-        options = {"lr": config.rate, "momentum": MOMENTUM, "weight_decay": config.decay}
+        options: dict[str, Any] = {"lr": config.rate, "momentum": MOMENTUM, "weight_decay": config.decay}
         self.optimizer = torch.optim.SGD(self.model.parameters(), fused=True, **options)
 
     def epoch(self, epoch: int, progress: Progress, report: Callable[[int], None]) -> None:
