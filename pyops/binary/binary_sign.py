@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor._batching import fold, one_by_one, unfold
+from tersor._batching import one_by_one
 from tersor._checks import accumulate_dtype, check_floating
 from tersor._operator import call_function, operator
 from tersor._window import is_channels_last
@@ -193,14 +193,6 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     return one_by_one(_backward.overload, info, in_dims, args)
 
 
-def _vmap_function(info: Any, in_dims: Any, input: Tensor, *options: Any) -> tuple[Any, Any]:
-    """As one larger batch, whose bits and statistics no caller sees."""
-    if input.dim() < 2:
-        return one_by_one(_BinarySign.apply, info, in_dims, (input, *options))
-    output, *kept = _BinarySign.apply(fold(input, in_dims[0], info.batch_size).contiguous(), *options)
-    return (unfold(output, info), *kept), (0, None, None)
-
-
 class _BinarySign(torch.autograd.Function):
     @staticmethod
     def forward(input, estimator, o, t, interval, scaled):
@@ -222,7 +214,7 @@ class _BinarySign(torch.autograd.Function):
             return (None,) * 6
         return _backward(grad_output, *ctx.saved_tensors, ctx.channels_last, *ctx.rule), *(None,) * 5
 
-    vmap = staticmethod(_vmap_function)
+    vmap = staticmethod(_vmap)
 
 
 def _binary_sign(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,7 @@ def check_estimator(where: str, estimator: Any) -> Estimator:
         if not estimator.t > 0:
             raise ValueError(f"{where}: t must be above 0, got {estimator.t}")
         return estimator._replace(t=float(estimator.t))
-    if not (estimator.o >= 1 and math.isfinite(estimator.o)):
+    if not 1 <= estimator.o < math.inf:
         raise ValueError(f"{where}: o must be at least 1 and finite, got {estimator.o}")
     if not estimator.interval > 0:
         raise ValueError(f"{where}: interval must be above 0, got {estimator.interval}")

@@ -61,7 +61,7 @@ SUBJECTS = [
         lambda input, weight: binary_conv2d(input, weight, *WINDOW),
         lambda input, weight: exact(input, weight, *WINDOW),
         _inputs, (), ("binary_conv2d_forward", "binary_conv2d_backward"), _raw,
-        [(3, 5, 7, 9), (1, 4, 8, 11), (1, 2, 3, 4), (2, 66, 6, 5)],
+        [(4, 5, 7, 9), (5, 4, 13, 11), (1, 2, 3, 4), (2, 66, 6, 5)],
         surrogate=True, alike=False, skips=True, data=2, name="binary_conv2d",
     )
 ]  # fmt: skip

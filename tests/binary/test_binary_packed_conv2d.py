@@ -15,6 +15,7 @@ from torch import Tensor
 from tersor import _backends
 from tersor.binary import (
     Epilogue,
+    PackedBinaryWeight,
     binary_packed_conv2d,
     binary_packed_conv2d_signs,
     epilogue,
@@ -28,12 +29,13 @@ LEVELS = native.cpu_isa_supported() if native else ["none"]
 OUTPUTS, CHANNELS = 10, 3
 
 
-def _weight(device: str) -> Any:
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    weight = torch.randn(OUTPUTS, CHANNELS, 3, 3)
-    torch.random.set_rng_state(state)
-    return weight.to(device)
+WEIGHT = torch.randn(OUTPUTS, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0))
+PACKED = pack_binary_weight(WEIGHT, 2)
+
+
+def _packed(device: str) -> PackedBinaryWeight:
+    """Tensors of their own."""
+    return PACKED._replace(blocks=PACKED.blocks.to(device, copy=True), sums=PACKED.sums.to(device, copy=True))
 
 
 def rows(outputs: int, device: str = "cpu") -> dict[str, Tensor]:
@@ -56,13 +58,13 @@ def _finish(y: Tensor, values: dict[str, Tensor], relu: bool, residual: Tensor |
 def _function(input: Any, residual: Any) -> Tensor:
     signs = pack_signs(input, groups=2)
     end = epilogue(OUTPUTS, relu=True, activation="prelu", device=input.device, **rows(OUTPUTS, input.device))
-    weight = pack_binary_weight(_weight(input.device), 2)
+    weight = _packed(input.device)
     options = {"epilogue": end, "residual": residual, "dtype": input.dtype, "channels_last": False}
     return binary_packed_conv2d(signs, weight, 1, 1, **options)
 
 
 def _exact(input: Tensor, residual: Tensor) -> Tensor:
-    y = F.conv2d(input.sign(), _weight(input.device).sign().to(input.dtype), None, 1, 1, 1, 2)
+    y = F.conv2d(input.sign(), WEIGHT.sign().to(input), None, 1, 1, 1, 2)
     return _finish(y, rows(OUTPUTS, input.device), True, residual, "prelu")
 
 
@@ -74,8 +76,7 @@ def _inputs(size: Any, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
 
 def _raw(name: str, size: Any, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     input, residual = _inputs(size, dtype, device)
-    weight = pack_binary_weight(_weight(device), 2)
-    common = (pack_signs(input, groups=2).words, *weight, [1, 1], [1, 1], [1, 1])
+    common = (pack_signs(input, groups=2).words, *_packed(device), [1, 1], [1, 1], [1, 1])
     if name.endswith("_signs"):
         return *common, _thresholds(OUTPUTS, device), 2
     values = torch.stack(list(rows(OUTPUTS, device).values()))
@@ -88,13 +89,13 @@ def _thresholds(outputs: int, device: str) -> Tensor:
 
 
 def _signs_function(input: Any) -> Tensor:
-    signs, weight = pack_signs(input, groups=2), pack_binary_weight(_weight(input.device), 2)
+    signs, weight = pack_signs(input, groups=2), _packed(input.device)
     given = binary_packed_conv2d_signs(signs, weight, _thresholds(OUTPUTS, input.device), 1, 1, groups=2)
     return unpack_signs(given, input.dtype)
 
 
 def _signs_exact(input: Tensor) -> Tensor:
-    s = F.conv2d(input.sign(), _weight(input.device).sign().to(input.dtype), None, 1, 1, 1, 2)
+    s = F.conv2d(input.sign(), WEIGHT.sign().to(input), None, 1, 1, 1, 2)
     direction, lower, upper = _thresholds(OUTPUTS, input.device).view(3, -1, 1, 1).to(input.dtype)
     return direction * ((s > upper).to(s.dtype) - (s < lower).to(s.dtype))
 
@@ -103,12 +104,12 @@ COMMON = {"differentiable": False, "autocast": False, "alike": False, "skips": T
 SUBJECTS = [
     Subject(
         _function, _exact, _inputs, (), ("binary_packed_conv2d",), _raw,
-        [(2, 4, 5), (3, 5, 7), (1, 1, 2), (2, 9, 17)],
+        [(5, 4, 7), (4, 9, 12), (1, 1, 2), (2, 9, 17)],
         in_forward=False, name="binary_packed_conv2d", **COMMON,
     ),
     Subject(
         _signs_function, _signs_exact, lambda *given: _inputs(*given)[:1], (), ("binary_packed_conv2d_signs",), _raw,
-        [(2, 4, 5), (3, 5, 7), (1, 1, 2), (2, 9, 17)],
+        [(5, 4, 7), (4, 9, 12), (1, 1, 2), (2, 9, 17)],
         in_forward=False, name="binary_packed_conv2d_signs", **COMMON,
     ),
 ]  # fmt: skip
@@ -193,35 +194,35 @@ def test_signs_by_thresholds(outputs: int, groups: int, zeros: bool, level: str,
     assert torch.equal(given.words, pack_signs(expected, groups=groups).words)
 
 
-SIGNS, WEIGHT = pack_signs(torch.ones(1, 6, 4, 4)), pack_binary_weight(torch.ones(4, 6, 3, 3))
+SIGNS, ONES = pack_signs(torch.ones(1, 6, 4, 4)), pack_binary_weight(torch.ones(4, 6, 3, 3))
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: binary_packed_conv2d(torch.ones(1), WEIGHT), TypeError, "signs must be PackedSigns"),
+        (lambda: binary_packed_conv2d(torch.ones(1), ONES), TypeError, "signs must be PackedSigns"),
         (lambda: binary_packed_conv2d(SIGNS, torch.ones(1)), TypeError, "weight must be a PackedBinaryWeight"),
-        (lambda: binary_packed_conv2d(pack_signs(torch.ones(1, 5, 4, 4)), WEIGHT), ValueError, "must have 6 channels"),
-        (lambda: binary_packed_conv2d(pack_signs(torch.ones(1, 6, 2, 2)), WEIGHT), ValueError, "at least as large"),
-        (lambda: binary_packed_conv2d(SIGNS, WEIGHT, dtype=torch.float64), TypeError, "dtype must be float16"),
-        (lambda: binary_packed_conv2d(SIGNS, WEIGHT, epilogue=3), TypeError, "epilogue must be an Epilogue, got int"),
+        (lambda: binary_packed_conv2d(pack_signs(torch.ones(1, 5, 4, 4)), ONES), ValueError, "must have 6 channels"),
+        (lambda: binary_packed_conv2d(pack_signs(torch.ones(1, 6, 2, 2)), ONES), ValueError, "at least as large"),
+        (lambda: binary_packed_conv2d(SIGNS, ONES, dtype=torch.float64), TypeError, "dtype must be float16"),
+        (lambda: binary_packed_conv2d(SIGNS, ONES, epilogue=3), TypeError, "epilogue must be an Epilogue, got int"),
         (
-            lambda: binary_packed_conv2d(SIGNS, WEIGHT, epilogue=Epilogue(torch.ones(7, 3))),
+            lambda: binary_packed_conv2d(SIGNS, ONES, epilogue=Epilogue(torch.ones(7, 3))),
             ValueError,
             r"float32 \(7, 4\)",
         ),
-        (lambda: binary_packed_conv2d(SIGNS, WEIGHT, residual=torch.ones(1, 4, 4, 4)), ValueError, "residual must be"),
+        (lambda: binary_packed_conv2d(SIGNS, ONES, residual=torch.ones(1, 4, 4, 4)), ValueError, "residual must be"),
         (lambda: epilogue(4, activation="relu"), ValueError, "activation must be one of none, hardtanh, prelu"),
         (lambda: epilogue(4, scale=torch.ones(3)), ValueError, "scale must have 1 or 4 elements"),
         (lambda: epilogue(4, factor=torch.ones(4)), TypeError, "rows are scale, shift"),
-        (lambda: binary_packed_conv2d_signs(SIGNS, WEIGHT, torch.ones(3, 4)), TypeError, "thresholds must be a tensor"),
+        (lambda: binary_packed_conv2d_signs(SIGNS, ONES, torch.ones(3, 4)), TypeError, "thresholds must be a tensor"),
         (
-            lambda: binary_packed_conv2d_signs(SIGNS, WEIGHT, torch.ones(3, 5).int()),
+            lambda: binary_packed_conv2d_signs(SIGNS, ONES, torch.ones(3, 5).int()),
             ValueError,
             r"thresholds must be \(3, 4\)",
         ),
         (
-            lambda: binary_packed_conv2d_signs(SIGNS, WEIGHT, torch.ones(3, 4).int(), groups=3),
+            lambda: binary_packed_conv2d_signs(SIGNS, ONES, torch.ones(3, 4).int(), groups=3),
             ValueError,
             "groups must divide",
         ),

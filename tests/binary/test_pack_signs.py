@@ -25,7 +25,7 @@ def _function(input: Any, shift: Any) -> Tensor:
 
 def _exact(input: Tensor, shift: Tensor) -> Tensor:
     x = (input + shift.view(-1, 1, 1)).permute(0, 2, 3, 1).unflatten(-1, (2, -1))
-    positive, nonzero = (x > 0).sum(-1, keepdim=True), (x != 0).sum(-1, keepdim=True)
+    positive, nonzero = (x > 0).sum(-1, keepdim=True), ((x > 0) | (x < 0)).sum(-1, keepdim=True)
     return torch.stack([positive, nonzero]).to(input.dtype)
 
 

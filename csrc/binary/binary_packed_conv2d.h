@@ -1,0 +1,71 @@
+// What the convolution of signs and its kernels for each instruction set agree on.
+#pragma once
+
+#include "binary/signs.h"
+
+namespace tersor::binary {
+
+constexpr int MOST_PIXELS = 4;                  // of a tile
+constexpr int MOST_BLOCKS = 4;                  // of output channels, of a tile
+constexpr int MOST_OUTPUTS = MOST_BLOCKS * BLOCK;
+
+enum class Activation : int { none, hardtanh, prelu };
+
+struct Task;
+// Sums of a tile: sums[p * MOST_OUTPUTS + o] for `blocks` blocks of outputs.
+using Multiply = void (*)(const Task&, const int64_t* const pixels[MOST_PIXELS], const int64_t* weight, int blocks,
+                          bool zeros, int32_t* sums);
+
+struct Task {
+  int64_t batch, groups, words, channels, outputs;  // words, channels and outputs of one group
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  const int64_t* signs;     // both planes
+  int64_t signs_plane;      // words of one
+  const int64_t* weight;    // [planes][groups][blocks][taps][words][8]
+  int64_t weight_planes, weight_plane;
+  const int32_t* sums;      // [groups * outputs][taps]
+  int64_t blocks;           // of one group
+
+  // A padded copy of the input's rows: [rows][columns][words], both planes one after the other.
+  int64_t rows, columns;    // of a band
+  int64_t band;             // output rows
+  int64_t scratch_plane;    // words
+  // The taps as runs of words that lie side by side in that copy, and in a weight block.
+  const int64_t* runs;
+  int64_t run_count, run_words;
+  Multiply multiply;
+  int tile_pixels, tile_blocks;
+
+  // What follows; rows of all output channels, or null.
+  const float* epilogue;
+  bool relu;
+  Activation activation;
+  const void* residual;
+  void* output;             // of numbers
+  bool channels_last;
+  const int32_t* thresholds;
+  int64_t* out_signs;       // both planes, cleared
+  int64_t out_signs_plane, out_groups, out_words;
+
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t all_outputs() const { return groups * outputs; }
+  int64_t block_words() const { return taps() * words * BLOCK; }
+  int64_t bands() const { return (out_height + band - 1) / band; }
+};
+
+// Output rows [first_row, end_row) of an image, and blocks [first_block, end_block) of all groups' blocks.
+struct Unit {
+  int64_t image, first_row, end_row, first_block, end_block;
+};
+
+struct Scratch {
+  int64_t* words;       // the padded copy
+  int64_t* places;      // of the unit's pixels in it
+  int32_t* inside;      // taps of each pixel that lie inside the image; all of them: -1
+  int32_t* tap_sums;    // [taps][outputs of a tile], of positive weights
+  int32_t* thresholds;  // [3][outputs of a tile]
+  void* columns;        // numbers of a tile's channels, pixel after pixel, for an output that is not channels-last
+};
+
+}  // namespace tersor::binary

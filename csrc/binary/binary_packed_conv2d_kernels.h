@@ -1,0 +1,396 @@
+#ifdef TERSOR_ISA
+
+namespace tersor::binary {
+namespace TERSOR_ISA {
+
+using namespace tersor::TERSOR_ISA;
+
+// ---- Sums of a tile, by counting the bits that differ ----
+
+typedef uint64_t Bits __attribute__((vector_size(TERSOR_VECTOR_BYTES)));
+typedef uint64_t LooseBits __attribute__((vector_size(TERSOR_VECTOR_BYTES), aligned(8), may_alias));
+constexpr int PARTS = 64 / TERSOR_VECTOR_BYTES;  // vectors to a block of 8 outputs
+
+TERSOR_INLINE Bits load_bits(const int64_t* p) { return *reinterpret_cast<const LooseBits*>(p); }
+
+// The number of set bits of every byte.
+TERSOR_INLINE Bits count_bytes(Bits v) {
+#if TERSOR_ISA_LEVEL == 2
+  const __m512i table = _mm512_set4_epi32(0x04030302, 0x03020201, 0x03020201, 0x02010100), four = _mm512_set1_epi8(15);
+  const __m512i low = _mm512_and_si512((__m512i)v, four), high = _mm512_and_si512(_mm512_srli_epi32((__m512i)v, 4), four);
+  return (Bits)_mm512_add_epi8(_mm512_shuffle_epi8(table, low), _mm512_shuffle_epi8(table, high));
+#elif TERSOR_ISA_LEVEL == 1
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2,
+                                         3, 2, 3, 3, 4);
+  const __m256i four = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_and_si256((__m256i)v, four), high = _mm256_and_si256(_mm256_srli_epi32((__m256i)v, 4), four);
+  return (Bits)_mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
+#else
+  v -= (v >> 1) & 0x5555555555555555u;
+  v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);
+  return (v + (v >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+#endif
+}
+
+// The sum of the eight bytes of every word.
+TERSOR_INLINE Bits total_of_bytes(Bits v) {
+#if TERSOR_ISA_LEVEL == 2
+  return (Bits)_mm512_sad_epu8((__m512i)v, _mm512_setzero_si512());
+#elif TERSOR_ISA_LEVEL == 1
+  return (Bits)_mm256_sad_epu8((__m256i)v, _mm256_setzero_si256());
+#else
+  v = (v & 0x00ff00ff00ff00ffu) + ((v >> 8) & 0x00ff00ff00ff00ffu);
+  v += v >> 16;
+  return (v + (v >> 32)) & 0xffffu;
+#endif
+}
+
+// P pixels and Q blocks. Bytes count up to 31 words before they are added up.
+template <int P, int Q, bool ZEROS>
+TERSOR_INLINE void multiply_by(const Task& task, const int64_t* const* pixels, const int64_t* weight, int32_t* sums) {
+  constexpr int V = Q * PARTS;
+  const int64_t block = task.block_words();
+  const bool weight_zeros = ZEROS && task.weight_planes == 2;
+  Bits total[P][V] = {};  // of differing bits; with zeros, of the products
+  int64_t run = 0, word = 0;
+  while (run < task.run_count) {
+    Bits differ[P][V] = {}, both[P][V] = {};
+    for (int step = 0; step < 31 && run < task.run_count; ++step) {
+      const int64_t at = task.runs[run] + word;
+      for (int v = 0; v < V; ++v) {
+        const int64_t* const from = weight + v / PARTS * block + v % PARTS * (BLOCK / PARTS);
+        const Bits w = load_bits(from);
+        for (int p = 0; p < P; ++p) {
+          const Bits x = Bits{} + static_cast<uint64_t>(pixels[p][at]);
+          if constexpr (ZEROS) {
+            Bits any = Bits{} + static_cast<uint64_t>(pixels[p][task.scratch_plane + at]);
+            if (weight_zeros) any &= load_bits(from + task.weight_plane);
+            differ[p][v] += count_bytes((x ^ w) & any), both[p][v] += count_bytes(any);
+          } else {
+            differ[p][v] += count_bytes(x ^ w);
+          }
+        }
+      }
+      weight += BLOCK;
+      if (++word == task.run_words) word = 0, ++run;
+    }
+    for (int p = 0; p < P; ++p) {
+      for (int v = 0; v < V; ++v) {
+        total[p][v] += ZEROS ? total_of_bytes(both[p][v]) - 2 * total_of_bytes(differ[p][v]) : total_of_bytes(differ[p][v]);
+      }
+    }
+  }
+  for (int p = 0; p < P; ++p) {
+    for (int v = 0; v < V; ++v) {
+      for (int i = 0; i < BLOCK / PARTS; ++i) {
+        sums[p * MOST_OUTPUTS + v * (BLOCK / PARTS) + i] = static_cast<int32_t>(static_cast<int64_t>(total[p][v][i]));
+      }
+    }
+  }
+}
+
+constexpr int TILE_PIXELS = TERSOR_ISA_LEVEL == 2 ? 4 : TERSOR_ISA_LEVEL == 1 ? 2 : 1;
+constexpr int TILE_BLOCKS = TERSOR_ISA_LEVEL == 2 ? 2 : 1;
+
+static void multiply_bytes(const Task& task, const int64_t* const pixels[MOST_PIXELS], const int64_t* weight,
+                           int blocks, bool zeros, int32_t* sums) {
+  constexpr int P = TILE_PIXELS;
+  if (zeros) {
+    for (int q = 0; q < blocks; ++q) multiply_by<P, 1, true>(task, pixels, weight + q * task.block_words(), sums + q * BLOCK);
+  } else if (blocks == TILE_BLOCKS) {
+    multiply_by<P, TILE_BLOCKS, false>(task, pixels, weight, sums);
+  } else {
+    for (int q = 0; q < blocks; ++q) multiply_by<P, 1, false>(task, pixels, weight + q * task.block_words(), sums + q * BLOCK);
+  }
+}
+
+#if TERSOR_ISA_LEVEL == 2
+namespace vpopcntdq {  // an extension that level 4 does not have: asked for at run time
+#if defined(__clang__)
+#define TERSOR_VPOPCNTDQ __attribute__((target("arch=x86-64-v4,avx512vpopcntdq")))
+#else
+#define TERSOR_VPOPCNTDQ __attribute__((target("avx512vpopcntdq")))  // gcc adds it to the pragma's level
+#endif
+
+template <int P, int Q, bool ZEROS>
+TERSOR_VPOPCNTDQ static void multiply_by(const Task& task, const int64_t* const* pixels, const int64_t* weight,
+                                         int32_t* sums) {
+  const int64_t block = task.block_words();
+  const bool weight_zeros = ZEROS && task.weight_planes == 2;
+  __m512i total[P][Q];
+  for (int p = 0; p < P; ++p) {
+    for (int q = 0; q < Q; ++q) total[p][q] = _mm512_setzero_si512();
+  }
+  for (int64_t run = 0; run < task.run_count; ++run) {
+    const int64_t* from[P];
+    for (int p = 0; p < P; ++p) from[p] = pixels[p] + task.runs[run];
+    for (int64_t i = 0; i < task.run_words; ++i) {
+      __m512i w[Q];
+      for (int q = 0; q < Q; ++q) w[q] = _mm512_loadu_si512(weight + q * block);
+      for (int p = 0; p < P; ++p) {
+        const __m512i x = _mm512_set1_epi64(from[p][i]);
+        if constexpr (ZEROS) {
+          const __m512i own = _mm512_set1_epi64(from[p][task.scratch_plane + i]);
+          for (int q = 0; q < Q; ++q) {
+            const __m512i any =
+                weight_zeros ? _mm512_and_si512(own, _mm512_loadu_si512(weight + task.weight_plane + q * block)) : own;
+            const __m512i differ = _mm512_popcnt_epi64(_mm512_and_si512(_mm512_xor_si512(x, w[q]), any));
+            total[p][q] = _mm512_add_epi64(
+                total[p][q], _mm512_sub_epi64(_mm512_popcnt_epi64(any), _mm512_add_epi64(differ, differ)));
+          }
+        } else {
+          for (int q = 0; q < Q; ++q) {
+            total[p][q] = _mm512_add_epi64(total[p][q], _mm512_popcnt_epi64(_mm512_xor_si512(x, w[q])));
+          }
+        }
+      }
+      weight += BLOCK;
+    }
+  }
+  for (int p = 0; p < P; ++p) {
+    for (int q = 0; q < Q; ++q) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + p * MOST_OUTPUTS + q * BLOCK),
+                          _mm512_maskz_cvtepi64_epi32(0xff, total[p][q]));
+    }
+  }
+}
+
+TERSOR_VPOPCNTDQ static void multiply(const Task& task, const int64_t* const pixels[MOST_PIXELS], const int64_t* weight,
+                                      int blocks, bool zeros, int32_t* sums) {
+  constexpr int P = MOST_PIXELS;
+  if (zeros) {
+    if (blocks == 4) multiply_by<P, 4, true>(task, pixels, weight, sums);
+    else if (blocks == 3) multiply_by<P, 3, true>(task, pixels, weight, sums);
+    else if (blocks == 2) multiply_by<P, 2, true>(task, pixels, weight, sums);
+    else multiply_by<P, 1, true>(task, pixels, weight, sums);
+  } else {
+    if (blocks == 4) multiply_by<P, 4, false>(task, pixels, weight, sums);
+    else if (blocks == 3) multiply_by<P, 3, false>(task, pixels, weight, sums);
+    else if (blocks == 2) multiply_by<P, 2, false>(task, pixels, weight, sums);
+    else multiply_by<P, 1, false>(task, pixels, weight, sums);
+  }
+}
+#undef TERSOR_VPOPCNTDQ
+}  // namespace vpopcntdq
+#endif
+
+// ---- A unit: the padded copy, the tiles, and what follows ----
+
+// Copies the rows that a unit's windows reach; returns whether a sign inside the image is zero.
+static bool copy_padded(const Task& task, const Unit& unit, int64_t group, int64_t* scratch) {
+  const int64_t first = unit.first_row * task.stride_h - task.padding_h, words = task.words;
+  const int64_t rows = (unit.end_row - unit.first_row - 1) * task.stride_h + (task.kernel_h - 1) * task.dilation_h + 1;
+  const int64_t left = std::min(task.padding_w, task.columns), inside = std::min(task.width, task.columns - left);
+  const int64_t step = task.groups * words;
+  const uint64_t last = task.channels % WORD ? (uint64_t{1} << task.channels % WORD) - 1 : ~uint64_t{0};
+  uint64_t missing = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = first + r;
+    for (int plane = 0; plane < 2; ++plane) {
+      int64_t* to = scratch + plane * task.scratch_plane + r * task.columns * words;
+      if (y < 0 || y >= task.height) {
+        std::memset(to, 0, task.columns * words * 8);
+        continue;
+      }
+      std::memset(to, 0, left * words * 8);
+      to += left * words;
+      const int64_t* from =
+          task.signs + plane * task.signs_plane + ((unit.image * task.height + y) * task.width) * step + group * words;
+      if (task.groups == 1) {
+        std::memcpy(to, from, inside * words * 8);
+      } else {
+        for (int64_t x = 0; x < inside; ++x) std::memcpy(to + x * words, from + x * step, words * 8);
+      }
+      if (plane == 1) {
+        for (int64_t x = 0; x < inside; ++x) {
+          for (int64_t w = 0; w + 1 < words; ++w) missing |= ~static_cast<uint64_t>(to[x * words + w]);
+          missing |= static_cast<uint64_t>(to[x * words + words - 1]) ^ last;
+        }
+      }
+      to += inside * words;
+      std::memset(to, 0, (task.columns - left - inside) * words * 8);
+    }
+  }
+  return missing != 0;
+}
+
+// How many positions of a window of `kernel` taps from `at` on lie inside [0, size).
+TERSOR_INLINE int64_t taps_inside(int64_t at, int64_t kernel, int64_t dilation, int64_t size) {
+  int64_t count = 0;
+  for (int64_t k = 0; k < kernel; ++k) count += at + k * dilation >= 0 && at + k * dilation < size;
+  return count;
+}
+
+static int64_t place_pixels(const Task& task, const Unit& unit, const Scratch& scratch) {
+  int64_t pixel = 0;
+  for (int64_t y = unit.first_row; y < unit.end_row; ++y) {
+    const int64_t rows = taps_inside(y * task.stride_h - task.padding_h, task.kernel_h, task.dilation_h, task.height);
+    for (int64_t x = 0; x < task.out_width; ++x, ++pixel) {
+      scratch.places[pixel] =
+          ((y - unit.first_row) * task.stride_h * task.columns + x * task.stride_w) * task.words;
+      const int64_t columns = taps_inside(x * task.stride_w - task.padding_w, task.kernel_w, task.dilation_w, task.width);
+      scratch.inside[pixel] = rows * columns == task.taps() ? -1 : static_cast<int32_t>(rows * columns);
+    }
+  }
+  return pixel;
+}
+
+// From differing bits to sums of products; a tap outside, whose bits are 0, has counted the positive weights there.
+TERSOR_INLINE void to_products(const Task& task, const Unit& unit, const Scratch& scratch, int64_t pixel,
+                               int32_t* sums) {
+  int32_t inside = scratch.inside[pixel];
+  const auto channels = static_cast<int32_t>(task.channels);
+  if (inside < 0) {
+    inside = static_cast<int32_t>(task.taps());
+  } else {
+    const int64_t y = (unit.first_row + pixel / task.out_width) * task.stride_h - task.padding_h;
+    const int64_t x = pixel % task.out_width * task.stride_w - task.padding_w;
+    for (int64_t kh = 0; kh < task.kernel_h; ++kh) {
+      const int64_t row = y + kh * task.dilation_h;
+      for (int64_t kw = 0; kw < task.kernel_w; ++kw) {
+        const int64_t column = x + kw * task.dilation_w;
+        if (row >= 0 && row < task.height && column >= 0 && column < task.width) continue;
+        const int32_t* const own = scratch.tap_sums + (kh * task.kernel_w + kw) * MOST_OUTPUTS;
+        for (int o = 0; o < MOST_OUTPUTS; ++o) sums[o] -= own[o];
+      }
+    }
+  }
+  for (int o = 0; o < MOST_OUTPUTS; ++o) sums[o] = inside * channels - 2 * sums[o];
+}
+
+// The numbers of one pixel's outputs, from `channel` on.
+template <class T>
+TERSOR_INLINE void finish(const Task& task, const int32_t* sums, int64_t channel, int outputs, const T* residual, T* to) {
+  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  constexpr int lanes = Simd<A>::lanes;
+  const int64_t row = task.all_outputs();
+  for (int o = 0; o < outputs; o += lanes) {
+    const int count = std::min(lanes, outputs - o);
+    Vec<A> y{};
+    if constexpr (std::is_same_v<A, float>) {
+      y = __builtin_convertvector(*reinterpret_cast<const Simd<float>::Mask*>(sums + o), Vec<float>);
+    } else {
+      for (int i = 0; i < count; ++i) y[i] = static_cast<A>(sums[o + i]);
+    }
+    if constexpr (std::is_same_v<A, float>) {
+      if (task.epilogue != nullptr) {
+        const float* const own = task.epilogue + channel + o;
+        const auto at = [&](int r) { return load_as<float>(own + r * row, count); };
+        y = at(0) * y + at(1);
+        if (task.relu) y = at(2) * (y < 0 ? Vec<A>{} : y) + at(3);
+        if (residual != nullptr) y += load_as<float>(residual + o, count);
+        if (task.activation == Activation::hardtanh) {
+          y = y < -1 ? splat(-1.0f) : y;
+          y = y > 1 ? splat(1.0f) : y;
+        } else if (task.activation == Activation::prelu) {
+          y += at(4);
+          y = (y > 0 ? y : at(5) * y) + at(6);
+        }
+      }
+    }
+    store_as<A>(to + o, y, count);
+  }
+}
+
+// The signs of one pixel's outputs.
+TERSOR_INLINE void finish_signs(const Task& task, const Scratch& scratch, const int32_t* sums, int64_t channel,
+                                int outputs, int64_t pixel) {
+  const int64_t row = task.all_outputs(), own = row / task.out_groups;
+  constexpr int lanes = Simd<float>::lanes;
+  using Mask = Simd<float>::Mask;
+  const auto load_numbers = [&](const int32_t* from) { return *reinterpret_cast<const Mask*>(from); };
+  uint64_t positive = 0, nonzero = 0;
+  for (int o = 0; o < outputs; o += lanes) {
+    const Mask sum = load_numbers(sums + o), rising = load_numbers(scratch.thresholds + o) > 0;
+    const Mask above = sum > load_numbers(scratch.thresholds + 2 * MOST_OUTPUTS + o);
+    const Mask below = sum < load_numbers(scratch.thresholds + MOST_OUTPUTS + o);
+    const Mask any = above ^ below;
+    positive |= static_cast<uint64_t>(to_bits<float>(((above & rising) | (below & ~rising)) & any)) << o;
+    nonzero |= static_cast<uint64_t>(to_bits<float>(any)) << o;
+  }
+  const uint64_t known = outputs == 64 ? ~uint64_t{0} : (uint64_t{1} << outputs) - 1;
+  positive &= known, nonzero &= known;
+  int64_t* const to = task.out_signs + pixel * task.out_groups * task.out_words;
+  for (int o = 0; o < outputs;) {  // as many as are left of a word and a group
+    const int64_t group = (channel + o) / own, place = (channel + o) % own;
+    const int bit = static_cast<int>(place % WORD);
+    const int count = static_cast<int>(std::min({int64_t{outputs} - o, own - place, WORD - bit}));
+    const uint64_t mask = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+    const int64_t word = group * task.out_words + place / WORD;
+    to[word] |= static_cast<int64_t>((positive >> o & mask) << bit);
+    to[task.out_signs_plane + word] |= static_cast<int64_t>((nonzero >> o & mask) << bit);
+    o += count;
+  }
+}
+
+// Numbers of the unit's pixels, channel after channel, to an output that is not channels-last.
+template <class T>
+TERSOR_INLINE void spread(const Task& task, const Unit& unit, const T* columns, int64_t channel, int outputs,
+                          int64_t pixels) {
+  T* const output = static_cast<T*>(task.output);
+  const int64_t area = task.out_height * task.out_width;
+  for (int o = 0; o < outputs; ++o) {
+    T* const to = output + (unit.image * task.all_outputs() + channel + o) * area + unit.first_row * task.out_width;
+    for (int64_t p = 0; p < pixels; ++p) to[p] = columns[p * MOST_OUTPUTS + o];
+  }
+}
+
+template <class T>
+static void do_blocks(const Task& task, const Unit& unit, const Scratch& scratch, int64_t group, int64_t first,
+                      int64_t end, bool zeros) {
+  const int64_t pixels = place_pixels(task, unit, scratch), area = task.out_height * task.out_width;
+  const int64_t before = unit.image * area + unit.first_row * task.out_width;
+  zeros = zeros || task.weight_planes == 2;
+  for (int64_t block = first; block < end; block += task.tile_blocks) {
+    const int blocks = static_cast<int>(std::min<int64_t>(task.tile_blocks, end - block));
+    const int outputs = static_cast<int>(std::min<int64_t>(blocks * BLOCK, task.outputs - block * BLOCK));
+    const int64_t channel = group * task.outputs + block * BLOCK;
+    const int64_t* const weight = task.weight + (group * task.blocks + block) * task.block_words();
+    for (int64_t t = 0; t < task.taps() && !zeros; ++t) {
+      int32_t* const own = scratch.tap_sums + t * MOST_OUTPUTS;
+      for (int o = 0; o < MOST_OUTPUTS; ++o) own[o] = o < outputs ? task.sums[(channel + o) * task.taps() + t] : 0;
+    }
+    for (int r = 0; r < 3 && task.out_signs != nullptr; ++r) {
+      for (int o = 0; o < outputs; ++o) {
+        scratch.thresholds[r * MOST_OUTPUTS + o] = task.thresholds[r * task.all_outputs() + channel + o];
+      }
+    }
+    alignas(64) int32_t sums[MOST_PIXELS * MOST_OUTPUTS] = {};
+    for (int64_t p = 0; p < pixels; p += task.tile_pixels) {
+      const int64_t* at[MOST_PIXELS];
+      for (int i = 0; i < MOST_PIXELS; ++i) at[i] = scratch.words + scratch.places[std::min(p + i, pixels - 1)];
+      task.multiply(task, at, weight, blocks, zeros, sums);
+      for (int64_t i = 0; i < std::min<int64_t>(task.tile_pixels, pixels - p); ++i) {
+        int32_t* const own = sums + i * MOST_OUTPUTS;
+        if (!zeros) to_products(task, unit, scratch, p + i, own);
+        if (task.out_signs != nullptr) {
+          finish_signs(task, scratch, own, channel, outputs, before + p + i);
+          continue;
+        }
+        const int64_t to = (before + p + i) * task.all_outputs() + channel;
+        const T* const residual = task.residual == nullptr ? nullptr : static_cast<const T*>(task.residual) + to;
+        T* const numbers = task.channels_last ? static_cast<T*>(task.output) + to
+                                              : static_cast<T*>(scratch.columns) + (p + i) * MOST_OUTPUTS;
+        finish<T>(task, own, channel, outputs, residual, numbers);
+      }
+    }
+    if (task.out_signs == nullptr && !task.channels_last) {
+      spread<T>(task, unit, static_cast<const T*>(scratch.columns), channel, outputs, pixels);
+    }
+  }
+}
+
+template <class T>
+static void do_unit(const Task& task, const Unit& unit, const Scratch& scratch) {
+  for (int64_t group = unit.first_block / task.blocks; group * task.blocks < unit.end_block; ++group) {
+    const int64_t first = std::max<int64_t>(0, unit.first_block - group * task.blocks);
+    const int64_t end = std::min(task.blocks, unit.end_block - group * task.blocks);
+    const bool zeros = copy_padded(task, unit, group, scratch.words);
+    do_blocks<T>(task, unit, scratch, group, first, end, zeros);
+  }
+}
+
+}  // namespace TERSOR_ISA
+}  // namespace tersor::binary
+
+#endif
