@@ -11,6 +11,19 @@ from tersor.models._classification import load_by_position
 from tersor.models._super_resolution import attention_transfer, load_full_precision
 from tersor.models._timm import register_timm
 from tersor.models._tokens import token_label_loss
+from tersor.models.binary_resnet import (
+    resnet18_cifar_recu,
+    resnet18_cifar_reste,
+    resnet18_recu,
+    resnet18_recu_two_stage,
+    resnet18_reste,
+    resnet20_bireal_reste,
+    resnet20_recu,
+    resnet20_reste,
+    resnet34_recu,
+    resnet34_recu_two_stage,
+    resnet34_reste,
+)
 from tersor.models.cf_vit import (
     CFLVViT,
     CFViT,
@@ -64,6 +77,7 @@ from tersor.models.uformer import (
     uformer_small_noshift,
     uformer_tiny,
 )
+from tersor.models.vgg_small import VGGSmall, vgg_small_recu, vgg_small_reste
 
 __all__ = [
     "EDSR",
@@ -80,6 +94,7 @@ __all__ = [
     "SuperLVViT",
     "SuperViT",
     "Uformer",
+    "VGGSmall",
     "attention_transfer",
     "cf_deit_nano",
     "cf_deit_small",
@@ -115,10 +130,21 @@ __all__ = [
     "rdn_tiny",
     "register_timm",
     "resnet18",
+    "resnet18_cifar_recu",
+    "resnet18_cifar_reste",
     "resnet18_nm",
     "resnet18_quant",
+    "resnet18_recu",
+    "resnet18_recu_two_stage",
+    "resnet18_reste",
     "resnet20",
+    "resnet20_bireal_reste",
     "resnet20_quant",
+    "resnet20_recu",
+    "resnet20_reste",
+    "resnet34_recu",
+    "resnet34_recu_two_stage",
+    "resnet34_reste",
     "resnet50",
     "resnet50_nm",
     "resnet50_quant",
@@ -134,6 +160,8 @@ __all__ = [
     "uformer_small",
     "uformer_small_noshift",
     "uformer_tiny",
+    "vgg_small_recu",
+    "vgg_small_reste",
 ]
 
 if "timm" in sys.modules:

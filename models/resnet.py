@@ -7,7 +7,7 @@ ImageNet have torchvision's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from tersor.models.layers import Layer
 from tersor.sparsity import NMConv2d
 
 STEMS = ("cifar", "imagenet")
+POOLS = {"cifar": "mean", "imagenet": "7x7"}
 
 
 class BasicBlock(nn.Module):
@@ -103,22 +104,34 @@ def _shortcut(block: Any, input: Tensor) -> Tensor:
     return input if block.shortcut_name is None else getattr(block, block.shortcut_name)(input)
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 class ResNet(nn.Module):
-    """Stem, stages of residual blocks, average, classifier.
+    """Stem, stages of residual blocks, average, maybe a norm, classifier.
 
     Args:
-        block: :class:`BasicBlock`, :class:`Bottleneck` or a class that is made like them.
+        block: :class:`BasicBlock`, :class:`Bottleneck` or what is called like them; the channels of a block's output
+            are its width times its ``expansion``.
         depths: blocks of each stage; every stage after the first halves the map and doubles the channels.
         width: channels of the stem and, without the block's expansion, of the first stage.
         num_classes: size of the output.
         in_chans: channels of the image.
-        stem: ``"cifar"``: a 3x3 convolution, and the mean over the last map; ``"imagenet"``: a 7x7 convolution of
-            stride 2 and max pooling, and the mean over 7x7, for images of 224 x 224 (193 to 416 have such a map, of
-            which it takes the upper left).
+        stem: ``"cifar"``: a 3x3 convolution; ``"imagenet"``: a 7x7 convolution of stride 2 and max pooling.
         conv, linear: called like ``torch.nn.Conv2d`` and ``torch.nn.Linear``, for all layers.
         first: called like ``torch.nn.Conv2d`` for the stem's; None for ``conv``.
         widths: channels of every stage, without the block's expansion; None doubles from ``width`` on.
         shortcut, classifier: names of these parts in the state dict.
+        stem_names: names of the stem's convolution and norm.
+        stem_activation: of a map, in the stem; None for none.
+        activation_first: the stem's activation comes before its norm.
+        pool: ``"mean"`` over the last map, or ``"7x7"``: over this part of it, for images of 224 x 224 (193 to 416 have
+            such a map, of which it takes the upper left); None: the former for ``"cifar"``, the latter for
+            ``"imagenet"``.
+        norm: name of a ``BatchNorm1d`` in front of the classifier; None for none.
+        norm_last: it comes behind the classifier in the state dict.
+        norm_weight: what the weights of every ``BatchNorm2d`` start at.
 
     Shape:
         ``(N, in_chans, H, W)`` to ``(N, num_classes)``.
@@ -129,7 +142,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[Any],
+        block: Layer,
         depths: Sequence[int],
         width: int = 64,
         num_classes: int = 1000,
@@ -142,15 +155,27 @@ class ResNet(nn.Module):
         widths: Sequence[int] | None = None,
         shortcut: str = "downsample",
         classifier: str = "fc",
+        stem_names: tuple[str, str] = ("conv1", "bn1"),
+        stem_activation: Callable[[Tensor], Tensor] | None = F.relu,
+        activation_first: bool = False,
+        pool: str | None = None,
+        norm: str | None = None,
+        norm_last: bool = False,
+        norm_weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_sizes("ResNet", stages=len(depths), width=width, num_classes=num_classes, in_chans=in_chans)
         if stem not in STEMS:
             raise ValueError(f"ResNet: stem must be one of {', '.join(STEMS)}, got {stem!r}")
-        self.in_chans, self.stem, self.classifier_name = in_chans, stem, classifier
+        if pool not in (None, *POOLS.values()):
+            raise ValueError(f"ResNet: pool must be one of {', '.join(POOLS.values())} or None, got {pool!r}")
+        self.in_chans, self.stem, self.pool = in_chans, stem, pool or POOLS[stem]
+        self.stem_names, self.stem_activation, self.activation_first = stem_names, stem_activation, activation_first
+        self.classifier_name, self.norm_name = classifier, norm
         window = {"stride": 1, "padding": 1} if stem == "cifar" else {"stride": 2, "padding": 3}
-        self.conv1 = (first or conv)(in_chans, width, 3 if stem == "cifar" else 7, bias=False, **window)
-        self.bn1 = nn.BatchNorm2d(width)
+        opening = (first or conv)(in_chans, width, 3 if stem == "cifar" else 7, bias=False, **window)
+        self.add_module(stem_names[0], opening)
+        self.add_module(stem_names[1], nn.BatchNorm2d(width))
         self.stages = [f"layer{i + 1}" for i in range(len(depths))]
         widths = [width * 2**i for i in range(len(depths))] if widths is None else widths
         if len(widths) != len(depths) or min(widths) < 1:
@@ -161,22 +186,36 @@ class ResNet(nn.Module):
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 blocks.append(block(channels, widths[i], stride, conv=conv, shortcut=shortcut))
-                channels = widths[i] * block.expansion
+                channels = widths[i] * blocks[-1].expansion
             self.add_module(name, nn.Sequential(*blocks))
-        self.add_module(classifier, linear(channels, num_classes))
+        closing = [(classifier, linear(channels, num_classes))]
+        if norm is not None:
+            closing.insert(int(norm_last), (norm, nn.BatchNorm1d(channels)))
+        for name, layer in closing:
+            self.add_module(name, layer)
         self.apply(init_convolution)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.weight, norm_weight)
 
     def forward(self, input: Tensor) -> Tensor:
         check_images("ResNet", input, self.in_chans)
-        x = F.relu(self.bn1(self.conv1(input)))
-        if self.stem == "imagenet":
-            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self._stem(input)
         for name in self.stages:
             x = getattr(self, name)(x)
-        return getattr(self, self.classifier_name)(self._pooled(x))
+        x = self._pooled(x)
+        x = x if self.norm_name is None else getattr(self, self.norm_name)(x)
+        return getattr(self, self.classifier_name)(x)
+
+    def _stem(self, input: Tensor) -> Tensor:
+        conv, norm = (getattr(self, name) for name in self.stem_names)
+        activation = self.stem_activation or _same
+        x = conv(input)
+        x = norm(activation(x)) if self.activation_first else activation(norm(x))
+        return x if self.stem == "cifar" else F.max_pool2d(x, 3, stride=2, padding=1)
 
     def _pooled(self, x: Tensor) -> Tensor:
-        if self.stem == "cifar":
+        if self.pool == "mean":
             return x.mean((2, 3))
         height, width = x.shape[2:]
         if height // 7 != 1 or width // 7 != 1:

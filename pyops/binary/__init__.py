@@ -13,7 +13,7 @@ from tersor.binary.binary_sign import approx_sign, binarize_activation, binary_s
 from tersor.binary.convert import BinaryStep, binary_step, convert_
 from tersor.binary.estimators import Estimator
 from tersor.binary.functional import binary_linear, recu_conv2d, reste_conv2d
-from tersor.binary.layers import BinaryConv2d, BinaryLinear, ReCUConv2d, ReSTEConv2d
+from tersor.binary.layers import BinaryConv2d, BinaryLinear, ChannelBias, ReCUConv2d, ReSTEConv2d
 from tersor.binary.pack_signs import PackedSigns, pack_signs
 from tersor.binary.packed_layers import PackedBinaryConv2d, PackedBinaryLinear, PackedWeightConv2d
 from tersor.binary.recu_weight import recu_weight
@@ -25,6 +25,7 @@ __all__ = [
     "BinaryLinear",
     "BinarySchedule",
     "BinaryStep",
+    "ChannelBias",
     "Epilogue",
     "Estimator",
     "PackedBinaryConv2d",

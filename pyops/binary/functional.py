@@ -10,7 +10,7 @@ from torch import Tensor
 from tersor._checks import check_floating
 from tersor.binary.binary_conv2d import binary_conv2d
 from tersor.binary.binary_sign import binarize_activation, binary_sign
-from tersor.binary.estimators import STE, Estimator, reste
+from tersor.binary.estimators import STE, Estimator, check_estimator, reste
 from tersor.binary.recu_weight import recu_weight
 
 Size = int | Sequence[int]
@@ -72,10 +72,10 @@ def recu_conv2d(
     Source: arXiv 2103.12369.
     """
     name = "recu_conv2d"
-    check_floating(name, weight=weight, alpha=alpha)
+    _check_layer(name, input, weight, bias)
+    check_floating(name, alpha=alpha)
     if alpha.shape != (weight.shape[0], 1, 1):
         raise ValueError(f"{name}: alpha must be ({weight.shape[0]}, 1, 1), got shape {tuple(alpha.shape)}")
-    check_bias(name, bias, weight)
     signs = binarize_activation(input, training), recu_weight(weight, tau)
     output = binary_conv2d(*signs, stride, padding, dilation, groups)
     return alpha * (output if bias is None else output + bias[:, None, None])
@@ -118,8 +118,7 @@ def reste_conv2d(
     Source: arXiv 2308.06689.
     """
     name = "reste_conv2d"
-    check_bias(name, bias, weight)
-    estimators = None if act_bits32 else reste(o_a, t_a), reste(o, t)
+    estimators = None if act_bits32 else check_estimator(name, reste(o_a, t_a)), check_estimator(name, reste(o, t))
     return scaled_conv2d(name, input, weight, bias, (stride, padding, dilation), groups, *estimators, "layer")
 
 
@@ -135,16 +134,12 @@ def scaled_conv2d(
     scale: str | None = "layer",
 ) -> Tensor:
     """Convolution of signs times the mean of \\|weight\\|; an estimator of None takes the input as it is."""
-    check_floating(where, input=input, weight=weight)
-    if not weight.numel():
-        raise ValueError(f"{where}: weight must not be empty, got shape {tuple(weight.shape)}")
+    _check_layer(where, input, weight, bias)
     signs = binary_sign(weight, weight_estimator)
     factor = weight_scale(weight, scale)
     if estimator is None:
         signs = signs if factor is None else signs * factor.view(-1, 1, 1, 1)
         return F.conv2d(input, signs, bias, *window, groups)
-    if input.dim() != 4:
-        raise ValueError(f"{where}: input must be (N, C, H, W), got shape {tuple(input.shape)}")
     output = binary_conv2d(binary_sign(input, estimator), signs, *window, groups)
     output = output if factor is None else output * factor.view(-1, 1, 1)
     return output if bias is None else output + bias[:, None, None]
@@ -157,7 +152,12 @@ def weight_scale(weight: Tensor, scale: str | None) -> Tensor | None:
     return weight.abs().mean().view(1) if scale == "layer" else weight.abs().flatten(1).mean(1)
 
 
-def check_bias(where: str, bias: Tensor | None, weight: Tensor) -> None:
+def _check_layer(where: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(where, input=input, weight=weight)
+    if input.dim() != 4:
+        raise ValueError(f"{where}: input must be (N, C, H, W), got shape {tuple(input.shape)}")
+    if weight.dim() != 4 or not weight.numel():
+        raise ValueError(f"{where}: weight must be (O, C / groups, KH, KW), not empty, got shape {tuple(weight.shape)}")
     if bias is not None:
         check_floating(where, bias=bias)
         if bias.shape != (weight.shape[0],):

@@ -222,6 +222,26 @@ class ReCUConv2d(BinaryLayer, nn.Conv2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class ChannelBias(nn.Module):
+    """Adds a learnable number to each channel, 0 at first: ReActNet's shifts in front of a sign and around a PReLU.
+
+    Shape:
+        ``(N, C, H, W)`` to the same; the parameter ``bias`` is ``(1, C, 1, 1)``.
+
+    Source: arXiv 2003.03488.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.bias
+
+    def extra_repr(self) -> str:
+        return str(self.bias.shape[1])
+
+
 def _check_padding(layer: nn.Conv2d) -> None:
     if layer.padding_mode != "zeros":
         raise ValueError(f"{type(layer).__name__}: padding_mode must be 'zeros', got {layer.padding_mode!r}")

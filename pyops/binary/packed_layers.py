@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor._checks import check_window
+from tersor._checks import check_floating, check_window
 from tersor.binary.binary_packed_conv2d import (
     ROWS,
     Epilogue,
@@ -19,7 +19,7 @@ from tersor.binary.binary_packed_conv2d import (
     epilogue,
     pack_binary_weight,
 )
-from tersor.binary.layers import BinaryConv2d, BinaryLayer, BinaryLinear, ReCUConv2d, _amounts
+from tersor.binary.layers import BinaryConv2d, BinaryLayer, BinaryLinear, ChannelBias, ReCUConv2d, _amounts
 from tersor.binary.pack_signs import PackedSigns, pack_signs
 from tersor.freezing.mask import mask_size, pack_mask, unpack_mask
 
@@ -28,8 +28,9 @@ class _Packed(nn.Module):
     """What the packed layers share.
 
     The state dict holds plain tensors: ``packed``, one bit a weight in row-major order, set for a positive one;
-    ``nonzero``, likewise, where a weight is zero; and ``rows`` of the :class:`Epilogue` as far as they are used, or
-    ``thresholds`` of the signs. Half and double precision do not touch these: the output has the dtype of the input.
+    ``nonzero``, likewise, where a weight is not zero, if any is; and ``rows`` of the :class:`Epilogue` as far as they
+    are used, or ``thresholds`` of the signs. ``half()`` and its like do not touch these, but only say what dtype the
+    output has where the input is bits; otherwise it has that of the input: float16, bfloat16 or float32.
     """
 
     packed: Tensor
@@ -38,14 +39,15 @@ class _Packed(nn.Module):
     blocks: Tensor
     sums: Tensor
     full_rows: Tensor | None
+    dtype: torch.dtype
 
     def _configure(self, layer: BinaryLayer, groups: int) -> None:
         with torch.no_grad():
             weight = layer.binary_weight()
-        self.shape, self.groups = tuple(weight.shape), groups
-        zeros = bool((weight == 0).any())
+        self.shape, self.groups, self.dtype = tuple(weight.shape), groups, weight.dtype
+        nonzero = (weight > 0) | (weight < 0)  # the sign of NaN is 0
         self.register_buffer("packed", pack_mask(weight > 0))
-        self.register_buffer("nonzero", pack_mask(weight != 0) if zeros else None)
+        self.register_buffer("nonzero", None if bool(nonzero.all()) else pack_mask(nonzero))
         self.relu, self.activation = False, "none"
 
     def signs_of_weight(self) -> Tensor:
@@ -82,14 +84,13 @@ class _Packed(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.dtype = fn(self.packed.new_empty(0, dtype=self.dtype)).dtype
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        given = state_dict.get(prefix + "nonzero")
-        if given is None:
-            self._buffers["nonzero"] = None
-        elif self.nonzero is None:
-            self._buffers["nonzero"] = self.packed.new_zeros(mask_size(self.shape))
+        if prefix + "packed" in state_dict:
+            zeros = prefix + "nonzero" in state_dict
+            self._buffers["nonzero"] = self.packed.new_zeros(mask_size(self.shape)) if zeros else None
         before = len(args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         if len(args[-1]) == before:
@@ -108,8 +109,8 @@ class PackedBinaryConv2d(_Packed):
         layer: a trained :class:`BinaryConv2d`, :class:`ReSTEConv2d` or :class:`ReCUConv2d` whose input is binarised.
         norm: a ``torch.nn.BatchNorm2d`` with running statistics that follows.
         relu: a ReLU comes between the two.
-        activation: what follows norm and residual: None, a ``torch.nn.Hardtanh`` from -1 to 1, or a module with a
-            method ``prelu_rows()`` that returns its numbers (before, slope, after), see :class:`Epilogue`.
+        activation: what follows norm and residual: None; a ``torch.nn.Hardtanh`` from -1 to 1; a ``torch.nn.PReLU``,
+            or a ``torch.nn.Sequential`` of one with a :class:`ChannelBias` before it, after it or both.
         before: added to the input before its signs are taken, C elements.
         signs_for: groups of the binary convolution that alone takes the output; None for a map of numbers.
 
@@ -160,13 +161,15 @@ class PackedBinaryConv2d(_Packed):
 
     def forward(self, input: Tensor | PackedSigns, residual: Tensor | None = None) -> Tensor | PackedSigns:
         weight, window = self.packed_weight(), (self.stride, self.padding, self.dilation)
-        dtype = torch.float32
+        dtype = self.dtype
         if isinstance(input, Tensor):
             dtype = input.dtype
             before = None if self.before is None else self.before.to(dtype)
             input = pack_signs(input, before, self.groups)
         if self.thresholds is not None:
             assert self.signs_for is not None
+            if residual is not None:
+                raise ValueError("PackedBinaryConv2d: residual must be None where the layer gives signs, got a tensor")
             return binary_packed_conv2d_signs(input, weight, self.thresholds, *window, groups=self.signs_for)
         assert self.full_rows is not None
         end = Epilogue(self.full_rows, self.relu, self.activation)
@@ -201,6 +204,9 @@ class PackedBinaryLinear(_Packed):
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
+        check_floating("PackedBinaryLinear", input=input)
+        if not input.dim() or input.shape[-1] != self.shape[1]:
+            raise ValueError(f"PackedBinaryLinear: input must be (..., {self.shape[1]}), got {tuple(input.shape)}")
         rows = input.reshape(-1, input.shape[-1])
         signs = pack_signs(rows[:, :, None, None])
         weight = self.packed_weight()
@@ -231,6 +237,7 @@ class PackedWeightConv2d(_Packed):
         self.register_buffer("signs", self.signs_of_weight(), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        check_floating("PackedWeightConv2d", input=input)
         assert self.rows is not None
         factor, addend = self.rows.to(input.dtype)
         weight = self.signs.to(input.dtype) * factor.view(-1, 1, 1, 1)
@@ -259,19 +266,32 @@ def _rows(
         rows |= {"gain": torch.ones_like(scale)}
     rows |= {"scale": scale, "shift": shift}
     name = "none"
-    if activation is not None:
-        if callable(get := getattr(activation, "prelu_rows", None)):
-            name = "prelu"
-            for key, row in zip(("before", "slope", "after"), get(), strict=True):
-                rows[key] = row.detach().double().flatten().expand(len(scale))
-        elif is_hardtanh(activation):
-            name = "hardtanh"
-        else:
-            raise ValueError(f"activation must be a Hardtanh from -1 to 1 or have prelu_rows, got {activation}")
+    if is_hardtanh(activation):
+        name = "hardtanh"
+    elif activation is not None:
+        name = "prelu"
+        rows |= {key: row.double().flatten().expand(len(scale)) for key, row in _prelu_rows(activation).items()}
     return torch.stack([rows[key] for key in ROWS]).float(), name
 
 
+def _prelu_rows(activation: nn.Module) -> dict[str, Tensor]:
+    parts, rows = list(activation) if isinstance(activation, nn.Sequential) else [activation], {}
+    if parts and isinstance(parts[0], ChannelBias):
+        rows["before"] = parts.pop(0).bias
+    if parts and isinstance(parts[-1], ChannelBias):
+        rows["after"] = parts.pop().bias
+    if len(parts) != 1 or not isinstance(parts[0], nn.PReLU):
+        raise ValueError(
+            "activation must be a Hardtanh from -1 to 1, or a PReLU that may have ChannelBias around it, "
+            f"got {activation}"
+        )
+    return rows | {"slope": parts[0].weight}
+
+
 def is_hardtanh(module: Any) -> bool:
+    """From -1 to 1, as the epilogue has it; also alone in a ``Sequential``."""
+    if isinstance(module, nn.Sequential) and len(module) == 1:
+        module = module[0]
     return isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (-1, 1)
 
 

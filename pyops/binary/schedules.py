@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor._checks import as_int, check_floating
-from tersor.binary.layers import BinaryConv2d, ReCUConv2d
-from tersor.binary.recu_weight import check_tau
+from tersor.binary.layers import BinaryConv2d, BinaryLinear, ReCUConv2d
 
 
 def recu_tau(epoch: int, epochs: int, tau_min: float = 0.85, tau_max: float = 0.99) -> float:
@@ -19,15 +18,26 @@ def recu_tau(epoch: int, epochs: int, tau_min: float = 0.85, tau_max: float = 0.
 
     .. math:: \tau = \tau_{min} + (\tau_{max} - \tau_{min}) \frac{e^{epoch / epochs} - 1}{e - 1}
 
+    Args:
+        epoch: from 0 to ``epochs - 1``.
+        epochs: of the run.
+        tau_min, tau_max: 0.5 < tau_min <= tau_max <= 1.
+
+    Returns:
+        tau of that epoch, the same for all layers.
+
     Raises:
-        TypeError, ValueError: ``epoch`` is not from 0 to ``epochs - 1``, or not 0.5 < tau_min <= tau_max <= 1.
+        TypeError, ValueError: an argument is not as stated.
 
     Source: arXiv 2103.12369.
     """
     epoch, epochs = _check_epoch("recu_tau", epoch, epochs)
-    check_tau("recu_tau", tau_min), check_tau("recu_tau", tau_max)
-    if tau_max < tau_min:
-        raise ValueError(f"recu_tau: tau_max must be at least tau_min {tau_min}, got {tau_max}")
+    _check_number("recu_tau", tau_min=tau_min)
+    _check_number("recu_tau", tau_max=tau_max)
+    if not 0.5 < tau_min <= 1:
+        raise ValueError(f"recu_tau: tau_min must be above 0.5 and at most 1, got {tau_min}")
+    if not tau_min <= tau_max <= 1:
+        raise ValueError(f"recu_tau: tau_max must be from tau_min {tau_min} to 1, got {tau_max}")
     return tau_min + (tau_max - tau_min) * (math.exp(epoch / epochs) - 1) / (math.e - 1)
 
 
@@ -36,8 +46,16 @@ def reste_o(epoch: int, epochs: int, o_end: float = 3.0) -> float:
 
     .. math:: o = 1 + (1 - \cos(\tfrac{\pi}{2} epoch / epochs)) (o_{end} - 1)
 
+    Args:
+        epoch: from 0 to ``epochs - 1``.
+        epochs: of the run.
+        o_end: at least 1, finite.
+
+    Returns:
+        o of that epoch, the same for all layers, for weights and inputs.
+
     Raises:
-        TypeError, ValueError: ``epoch`` is not from 0 to ``epochs - 1``, or ``o_end`` not at least 1 and finite.
+        TypeError, ValueError: an argument is not as stated.
 
     Source: arXiv 2308.06689.
     """
@@ -53,9 +71,14 @@ def _check_epoch(where: str, epoch: Any, epochs: Any) -> tuple[int, int]:
     return epoch, epochs
 
 
+def _check_number(where: str, **argument: Any) -> None:
+    ((name, value),) = argument.items()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+
+
 def _check_o(where: str, o_end: Any) -> None:
-    if isinstance(o_end, bool) or not isinstance(o_end, (int, float)):
-        raise TypeError(f"{where}: o_end must be a number, got {type(o_end).__name__}")
+    _check_number(where, o_end=o_end)
     if not (o_end >= 1 and math.isfinite(o_end)):
         raise ValueError(f"{where}: o_end must be at least 1 and finite, got {o_end}")
 
@@ -76,13 +99,16 @@ class BinarySchedule:
         o_end: see :func:`reste_o`.
 
     Raises:
-        TypeError, ValueError: ``model`` has no binary layer, or an option is not as stated.
+        TypeError: ``model`` is not a module, or an option is not of its type.
+        ValueError: ``model`` has no binary layer, or an option is not as stated.
     """
 
     def __init__(
         self, model: nn.Module, epochs: int, tau_min: float = 0.85, tau_max: float = 0.99, o_end: float = 3.0
     ) -> None:
-        self.layers = [m for m in model.modules() if isinstance(m, (BinaryConv2d, ReCUConv2d))]
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"BinarySchedule: model must be a torch.nn.Module, got {type(model).__name__}")
+        self.layers = [m for m in model.modules() if isinstance(m, (BinaryConv2d, BinaryLinear, ReCUConv2d))]
         if not self.layers:
             raise ValueError(f"BinarySchedule: model must hold binary layers, got {type(model).__name__} without one")
         recu_tau(0, epochs, tau_min, tau_max), reste_o(0, epochs, o_end)  # which check
@@ -90,7 +116,7 @@ class BinarySchedule:
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Before the epoch's first step."""
+        """Before the epoch's first step; raises ValueError unless ``epoch`` is from 0 to ``epochs - 1``."""
         tau, o = recu_tau(epoch, self.epochs, self.tau_min, self.tau_max), reste_o(epoch, self.epochs, self.o_end)
         for layer in self.layers:
             if isinstance(layer, ReCUConv2d):
