@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -18,14 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor.binary import BinarySchedule, convert_
+from tersor.binary import BinaryConv2d, BinarySchedule, ReCUConv2d, ReSTEConv2d, convert_
 from tersor.models import _binary_data
-from tersor.models._binary_network import network
 from tersor.models._digits import read_safetensors, write_safetensors
 from tersor.models._training_state import load_state, save_state
+from tersor.models.binary_resnet import resnet20_bireal_reste, resnet20_recu
 
-METHODS = ("float", "ste", "recu", "reste")
-BLOCKS = ("recu", "reste")
+LAYERS: dict[str, Any] = {  # of the blocks
+    "float": nn.Conv2d,
+    "ste": functools.partial(BinaryConv2d, estimator="ste"),
+    "recu": ReCUConv2d,
+    "reste": ReSTEConv2d,
+}
+METHODS = tuple(LAYERS)
+BLOCKS = {"bireal": resnet20_bireal_reste, "recu": resnet20_recu}
 MOMENTUM = 0.9
 WARM_UP = 0.05  # share of the steps
 ROUNDING = 1e-3  # logits that differ by more had a sign that fell otherwise; the others differ by some 1e-6
@@ -41,7 +48,7 @@ class Config:
     iterations: int = 120
     batch_size: int = 32
     width: int = 32
-    block: str = "recu"  # one of BLOCKS
+    block: str = "bireal"  # one of BLOCKS
     rate: float = 0.1
     decay: float = 1e-4
     part: str = "test"  # whose patches judge
@@ -61,14 +68,17 @@ class Config:
 
     def build(self) -> nn.Module:
         """The initial weights are the same for all methods of a seed."""
-        sizes = self.block, self.width, _binary_data.CLASSES, _binary_data.CHANNELS
-        torch.manual_seed(self.seed)
-        model = network("float", *sizes)
+        start = self._network("float")
         if self.method == "float":
-            return model
-        start, model = model.state_dict(), network(self.method, *sizes)
-        model.load_state_dict(start, strict=False)  # ReCU's factors are its own
+            return start
+        model = self._network(self.method)
+        model.load_state_dict(start.state_dict(), strict=False)  # ReCU's factors are its own
         return model
+
+    def _network(self, method: str) -> nn.Module:
+        torch.manual_seed(self.seed)
+        make = BLOCKS[self.block]
+        return make(_binary_data.CLASSES, self.width, _binary_data.CHANNELS, conv=LAYERS[method])
 
 
 @dataclasses.dataclass

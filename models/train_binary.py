@@ -120,7 +120,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--iterations", type=between(1, 1_000_000), default=usual.iterations, help="per epoch (default %(default)s)")
     add("--batch-size", type=between(2, 4096), default=usual.batch_size, help="patches per step (default %(default)s)")
     add("--width", type=between(4, 512), default=usual.width, help="channels, a multiple of 4 (default %(default)s)")
-    add("--block", choices=BLOCKS, default=usual.block, help="whose blocks all networks have (default %(default)s)")
+    add(
+        "--block",
+        choices=tuple(BLOCKS),
+        default=usual.block,
+        help="of all networks (default %(default)s)",
+    )
     add("--rate", type=_positive, default=usual.rate, help="learning rate (default %(default)s)")
     add("--decay", type=_positive, default=usual.decay, help="weight decay (default %(default)s)")
     add("--part", choices=("test", "validation"), default="test", help="that judges; validation to choose options by")
