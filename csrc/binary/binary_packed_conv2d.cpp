@@ -111,7 +111,7 @@ Scratch lay_out_scratch(const Task& task, char* memory, int64_t* bytes, int64_t 
   const int64_t pixels = task.band * task.out_width;
   Scratch scratch{};
   scratch.words = arena.take<int64_t>(2 * task.scratch_plane), scratch.places = arena.take<int64_t>(pixels);
-  scratch.inside = arena.take<int32_t>(pixels), scratch.tap_sums = arena.take<int32_t>(task.taps() * MOST_OUTPUTS);
+  scratch.border = arena.take<bool>(pixels), scratch.tap_sums = arena.take<int32_t>(task.taps() * MOST_OUTPUTS);
   scratch.thresholds = arena.take<int32_t>(3 * MOST_OUTPUTS);
   if (task.out_signs == nullptr && !task.channels_last) {
     scratch.columns = arena.take<char>(pixels * MOST_OUTPUTS * element);
@@ -170,16 +170,12 @@ void run(Task& task, ScalarType dtype) {
   merge_pixels(task);
   choose_bands(task);
   const Parts parts = choose_parts(task);
-  // Without dilation, the taps of a row of the window lie side by side.
-  std::vector<int64_t> runs;
-  const bool together = task.dilation_w == 1;
-  for (int64_t kh = 0; kh < task.kernel_h; ++kh) {
-    for (int64_t kw = 0; kw < (together ? 1 : task.kernel_w); ++kw) {
-      runs.push_back((kh * task.dilation_h * task.columns + kw * task.dilation_w) * task.words);
-    }
+  std::vector<int64_t> offsets;
+  for (int64_t i = 0; i < task.taps() * task.words; ++i) {
+    const int64_t tap = i / task.words, row = tap / task.kernel_w * task.dilation_h;
+    offsets.push_back((row * task.columns + tap % task.kernel_w * task.dilation_w) * task.words + i % task.words);
   }
-  task.runs = runs.data(), task.run_count = static_cast<int64_t>(runs.size());
-  task.run_words = together ? task.kernel_w * task.words : task.words;
+  task.offsets = offsets.data(), task.steps = static_cast<int64_t>(offsets.size());
   with_type(dtype, [&](auto type) { run_units<decltype(type)>(task, parts, sizeof(type)); });
 }
 

@@ -31,9 +31,8 @@ struct Task {
   int64_t rows, columns;    // of a band
   int64_t band;             // output rows
   int64_t scratch_plane;    // words
-  // The taps as runs of words that lie side by side in that copy, and in a weight block.
-  const int64_t* runs;
-  int64_t run_count, run_words;
+  const int64_t* offsets;   // in that copy, of the words that a pixel's window takes, in the order of a weight block
+  int64_t steps;            // how many
   Multiply multiply;
   int tile_pixels, tile_blocks;
 
@@ -49,6 +48,8 @@ struct Task {
   int64_t out_signs_plane, out_groups, out_words;
 
   int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t terms() const { return channels * taps(); }
+  bool pads() const { return padding_h + padding_w > 0; }
   int64_t all_outputs() const { return groups * outputs; }
   int64_t block_words() const { return taps() * words * BLOCK; }
   int64_t bands() const { return (out_height + band - 1) / band; }
@@ -62,8 +63,8 @@ struct Unit {
 struct Scratch {
   int64_t* words;       // the padded copy
   int64_t* places;      // of the unit's pixels in it
-  int32_t* inside;      // taps of each pixel that lie inside the image; all of them: -1
-  int32_t* tap_sums;    // [taps][outputs of a tile], of positive weights
+  bool* border;         // whether the window of a pixel reaches out of the image
+  int32_t* tap_sums;    // [taps][outputs of a tile]: what a tap outside has added to a sum, taken negative
   int32_t* thresholds;  // [3][outputs of a tile]
   void* columns;        // numbers of a tile's channels, pixel after pixel, for an output that is not channels-last
 };

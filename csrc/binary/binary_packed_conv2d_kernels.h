@@ -52,11 +52,10 @@ TERSOR_INLINE void multiply_by(const Task& task, const int64_t* const* pixels, c
   const int64_t block = task.block_words();
   const bool weight_zeros = ZEROS && task.weight_planes == 2;
   Bits total[P][V] = {};  // of differing bits; with zeros, of the products
-  int64_t run = 0, word = 0;
-  while (run < task.run_count) {
+  for (int64_t first = 0; first < task.steps; first += 31) {
     Bits differ[P][V] = {}, both[P][V] = {};
-    for (int step = 0; step < 31 && run < task.run_count; ++step) {
-      const int64_t at = task.runs[run] + word;
+    for (int64_t i = first; i < std::min(task.steps, first + 31); ++i) {
+      const int64_t at = task.offsets[i];
       for (int v = 0; v < V; ++v) {
         const int64_t* const from = weight + v / PARTS * block + v % PARTS * (BLOCK / PARTS);
         const Bits w = load_bits(from);
@@ -72,7 +71,6 @@ TERSOR_INLINE void multiply_by(const Task& task, const int64_t* const* pixels, c
         }
       }
       weight += BLOCK;
-      if (++word == task.run_words) word = 0, ++run;
     }
     for (int p = 0; p < P; ++p) {
       for (int v = 0; v < V; ++v) {
@@ -83,7 +81,8 @@ TERSOR_INLINE void multiply_by(const Task& task, const int64_t* const* pixels, c
   for (int p = 0; p < P; ++p) {
     for (int v = 0; v < V; ++v) {
       for (int i = 0; i < BLOCK / PARTS; ++i) {
-        sums[p * MOST_OUTPUTS + v * (BLOCK / PARTS) + i] = static_cast<int32_t>(static_cast<int64_t>(total[p][v][i]));
+        const auto sum = static_cast<int32_t>(static_cast<int64_t>(total[p][v][i]));
+        sums[p * MOST_OUTPUTS + v * (BLOCK / PARTS) + i] = ZEROS ? sum : static_cast<int32_t>(task.terms()) - 2 * sum;
       }
     }
   }
@@ -105,6 +104,12 @@ static void multiply_bytes(const Task& task, const int64_t* const pixels[MOST_PI
 }
 
 #if TERSOR_ISA_LEVEL == 2
+// All of a tile stays in registers only if no loop over it is left.
+#if defined(__clang__)
+#define TERSOR_UNROLL _Pragma("unroll")
+#else
+#define TERSOR_UNROLL _Pragma("GCC unroll 8")
+#endif
 namespace vpopcntdq {  // an extension that level 4 does not have: asked for at run time
 #if defined(__clang__)
 #define TERSOR_VPOPCNTDQ __attribute__((target("arch=x86-64-v4,avx512vpopcntdq")))
@@ -115,42 +120,44 @@ namespace vpopcntdq {  // an extension that level 4 does not have: asked for at 
 template <int P, int Q, bool ZEROS>
 TERSOR_VPOPCNTDQ static void multiply_by(const Task& task, const int64_t* const* pixels, const int64_t* weight,
                                          int32_t* sums) {
-  const int64_t block = task.block_words();
+  const int64_t block = task.block_words(), plane = task.scratch_plane, steps = task.steps;
   const bool weight_zeros = ZEROS && task.weight_planes == 2;
+  const int64_t* from[P];
   __m512i total[P][Q];
-  for (int p = 0; p < P; ++p) {
-    for (int q = 0; q < Q; ++q) total[p][q] = _mm512_setzero_si512();
+  TERSOR_UNROLL for (int p = 0; p < P; ++p) {
+    from[p] = pixels[p];
+    TERSOR_UNROLL for (int q = 0; q < Q; ++q) total[p][q] = _mm512_setzero_si512();
   }
-  for (int64_t run = 0; run < task.run_count; ++run) {
-    const int64_t* from[P];
-    for (int p = 0; p < P; ++p) from[p] = pixels[p] + task.runs[run];
-    for (int64_t i = 0; i < task.run_words; ++i) {
-      __m512i w[Q];
-      for (int q = 0; q < Q; ++q) w[q] = _mm512_loadu_si512(weight + q * block);
-      for (int p = 0; p < P; ++p) {
-        const __m512i x = _mm512_set1_epi64(from[p][i]);
-        if constexpr (ZEROS) {
-          const __m512i own = _mm512_set1_epi64(from[p][task.scratch_plane + i]);
-          for (int q = 0; q < Q; ++q) {
-            const __m512i any =
-                weight_zeros ? _mm512_and_si512(own, _mm512_loadu_si512(weight + task.weight_plane + q * block)) : own;
-            const __m512i differ = _mm512_popcnt_epi64(_mm512_and_si512(_mm512_xor_si512(x, w[q]), any));
-            total[p][q] = _mm512_add_epi64(
-                total[p][q], _mm512_sub_epi64(_mm512_popcnt_epi64(any), _mm512_add_epi64(differ, differ)));
-          }
-        } else {
-          for (int q = 0; q < Q; ++q) {
-            total[p][q] = _mm512_add_epi64(total[p][q], _mm512_popcnt_epi64(_mm512_xor_si512(x, w[q])));
-          }
+  for (int64_t i = 0; i < steps; ++i, weight += BLOCK) {
+    const int64_t at = task.offsets[i];
+    __m512i w[Q];
+    TERSOR_UNROLL for (int q = 0; q < Q; ++q) w[q] = _mm512_loadu_si512(weight + q * block);
+    TERSOR_UNROLL for (int p = 0; p < P; ++p) {
+      const __m512i x = _mm512_set1_epi64(from[p][at]);
+      if constexpr (ZEROS) {
+        const __m512i own = _mm512_set1_epi64(from[p][plane + at]);
+        TERSOR_UNROLL for (int q = 0; q < Q; ++q) {
+          const __m512i any =
+              weight_zeros ? _mm512_and_si512(own, _mm512_loadu_si512(weight + task.weight_plane + q * block)) : own;
+          const __m512i differ = _mm512_popcnt_epi64(_mm512_and_si512(_mm512_xor_si512(x, w[q]), any));
+          total[p][q] = _mm512_add_epi64(
+              total[p][q], _mm512_sub_epi64(_mm512_popcnt_epi64(any), _mm512_add_epi64(differ, differ)));
+        }
+      } else {
+        TERSOR_UNROLL for (int q = 0; q < Q; ++q) {
+          total[p][q] = _mm512_add_epi64(total[p][q], _mm512_popcnt_epi64(_mm512_xor_si512(x, w[q])));
         }
       }
-      weight += BLOCK;
     }
   }
-  for (int p = 0; p < P; ++p) {
-    for (int q = 0; q < Q; ++q) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + p * MOST_OUTPUTS + q * BLOCK),
-                          _mm512_maskz_cvtepi64_epi32(0xff, total[p][q]));
+  // Two blocks to a store: a load that spans two stores would wait for both.
+  const __m512i terms = _mm512_set1_epi32(static_cast<int>(task.terms()));
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  TERSOR_UNROLL for (int p = 0; p < P; ++p) {
+    TERSOR_UNROLL for (int q = 0; q < Q; q += 2) {
+      __m512i both = _mm512_permutex2var_epi32(total[p][q], even, total[p][std::min(q + 1, Q - 1)]);
+      if constexpr (!ZEROS) both = _mm512_sub_epi32(terms, _mm512_add_epi32(both, both));
+      _mm512_storeu_si512(sums + p * MOST_OUTPUTS + q * BLOCK, both);
     }
   }
 }
@@ -171,6 +178,7 @@ TERSOR_VPOPCNTDQ static void multiply(const Task& task, const int64_t* const pix
   }
 }
 #undef TERSOR_VPOPCNTDQ
+#undef TERSOR_UNROLL
 }  // namespace vpopcntdq
 #endif
 
@@ -214,48 +222,39 @@ static bool copy_padded(const Task& task, const Unit& unit, int64_t group, int64
   return missing != 0;
 }
 
-// How many positions of a window of `kernel` taps from `at` on lie inside [0, size).
-TERSOR_INLINE int64_t taps_inside(int64_t at, int64_t kernel, int64_t dilation, int64_t size) {
-  int64_t count = 0;
-  for (int64_t k = 0; k < kernel; ++k) count += at + k * dilation >= 0 && at + k * dilation < size;
-  return count;
+// Whether `kernel` taps from `at` on lie inside [0, size).
+TERSOR_INLINE bool lies_inside(int64_t at, int64_t kernel, int64_t dilation, int64_t size) {
+  return at >= 0 && at + (kernel - 1) * dilation < size;
 }
 
 static int64_t place_pixels(const Task& task, const Unit& unit, const Scratch& scratch) {
   int64_t pixel = 0;
   for (int64_t y = unit.first_row; y < unit.end_row; ++y) {
-    const int64_t rows = taps_inside(y * task.stride_h - task.padding_h, task.kernel_h, task.dilation_h, task.height);
+    const bool rows = lies_inside(y * task.stride_h - task.padding_h, task.kernel_h, task.dilation_h, task.height);
     for (int64_t x = 0; x < task.out_width; ++x, ++pixel) {
       scratch.places[pixel] =
           ((y - unit.first_row) * task.stride_h * task.columns + x * task.stride_w) * task.words;
-      const int64_t columns = taps_inside(x * task.stride_w - task.padding_w, task.kernel_w, task.dilation_w, task.width);
-      scratch.inside[pixel] = rows * columns == task.taps() ? -1 : static_cast<int32_t>(rows * columns);
+      scratch.border[pixel] =
+          !rows || !lies_inside(x * task.stride_w - task.padding_w, task.kernel_w, task.dilation_w, task.width);
     }
   }
   return pixel;
 }
 
-// From differing bits to sums of products; a tap outside, whose bits are 0, has counted the positive weights there.
-TERSOR_INLINE void to_products(const Task& task, const Unit& unit, const Scratch& scratch, int64_t pixel,
+// Takes out the taps outside the image: their bits are 0, so that they differ from the positive weights.
+TERSOR_INLINE void take_out_padding(const Task& task, const Unit& unit, const Scratch& scratch, int64_t pixel,
                                int32_t* sums) {
-  int32_t inside = scratch.inside[pixel];
-  const auto channels = static_cast<int32_t>(task.channels);
-  if (inside < 0) {
-    inside = static_cast<int32_t>(task.taps());
-  } else {
-    const int64_t y = (unit.first_row + pixel / task.out_width) * task.stride_h - task.padding_h;
-    const int64_t x = pixel % task.out_width * task.stride_w - task.padding_w;
-    for (int64_t kh = 0; kh < task.kernel_h; ++kh) {
-      const int64_t row = y + kh * task.dilation_h;
-      for (int64_t kw = 0; kw < task.kernel_w; ++kw) {
-        const int64_t column = x + kw * task.dilation_w;
-        if (row >= 0 && row < task.height && column >= 0 && column < task.width) continue;
-        const int32_t* const own = scratch.tap_sums + (kh * task.kernel_w + kw) * MOST_OUTPUTS;
-        for (int o = 0; o < MOST_OUTPUTS; ++o) sums[o] -= own[o];
-      }
+  const int64_t y = (unit.first_row + pixel / task.out_width) * task.stride_h - task.padding_h;
+  const int64_t x = pixel % task.out_width * task.stride_w - task.padding_w;
+  for (int64_t kh = 0; kh < task.kernel_h; ++kh) {
+    const int64_t row = y + kh * task.dilation_h;
+    for (int64_t kw = 0; kw < task.kernel_w; ++kw) {
+      const int64_t column = x + kw * task.dilation_w;
+      if (row >= 0 && row < task.height && column >= 0 && column < task.width) continue;
+      const int32_t* const own = scratch.tap_sums + (kh * task.kernel_w + kw) * MOST_OUTPUTS;
+      for (int o = 0; o < MOST_OUTPUTS; ++o) sums[o] += own[o];
     }
   }
-  for (int o = 0; o < MOST_OUTPUTS; ++o) sums[o] = inside * channels - 2 * sums[o];
 }
 
 // The numbers of one pixel's outputs, from `channel` on.
@@ -339,6 +338,7 @@ template <class T>
 static void do_blocks(const Task& task, const Unit& unit, const Scratch& scratch, int64_t group, int64_t first,
                       int64_t end, bool zeros) {
   const int64_t pixels = place_pixels(task, unit, scratch), area = task.out_height * task.out_width;
+  const auto channels = static_cast<int32_t>(task.channels);
   const int64_t before = unit.image * area + unit.first_row * task.out_width;
   zeros = zeros || task.weight_planes == 2;
   for (int64_t block = first; block < end; block += task.tile_blocks) {
@@ -346,9 +346,9 @@ static void do_blocks(const Task& task, const Unit& unit, const Scratch& scratch
     const int outputs = static_cast<int>(std::min<int64_t>(blocks * BLOCK, task.outputs - block * BLOCK));
     const int64_t channel = group * task.outputs + block * BLOCK;
     const int64_t* const weight = task.weight + (group * task.blocks + block) * task.block_words();
-    for (int64_t t = 0; t < task.taps() && !zeros; ++t) {
+    for (int64_t t = 0; t < task.taps() && !zeros && task.pads(); ++t) {
       int32_t* const own = scratch.tap_sums + t * MOST_OUTPUTS;
-      for (int o = 0; o < MOST_OUTPUTS; ++o) own[o] = o < outputs ? task.sums[(channel + o) * task.taps() + t] : 0;
+      for (int o = 0; o < MOST_OUTPUTS; ++o) own[o] = o < outputs ? 2 * task.sums[(channel + o) * task.taps() + t] - channels : 0;
     }
     for (int r = 0; r < 3 && task.out_signs != nullptr; ++r) {
       for (int o = 0; o < outputs; ++o) {
@@ -362,7 +362,7 @@ static void do_blocks(const Task& task, const Unit& unit, const Scratch& scratch
       task.multiply(task, at, weight, blocks, zeros, sums);
       for (int64_t i = 0; i < std::min<int64_t>(task.tile_pixels, pixels - p); ++i) {
         int32_t* const own = sums + i * MOST_OUTPUTS;
-        if (!zeros) to_products(task, unit, scratch, p + i, own);
+        if (!zeros && scratch.border[p + i]) take_out_padding(task, unit, scratch, p + i, own);
         if (task.out_signs != nullptr) {
           finish_signs(task, scratch, own, channel, outputs, before + p + i);
           continue;
