@@ -11,6 +11,7 @@ that ``--resume`` goes on from; where all have finished, it measures the speed a
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _train_all(console: Console, options: argparse.Namespace) -> tuple[Groups, dict[str, nn.Module]]:
-    """All runs of each method; and the first seed's networks, as trained and packed."""
+    """All runs of each method; and the networks of the first seed that are timed."""
     from tersor.models._binary_train import METHODS, Config, load_model
 
     shared = ("epochs", "iterations", "batch_size", "width", "block", "rate", "decay", "part", "patches", "threads")
@@ -104,7 +105,9 @@ def _train_all(console: Console, options: argparse.Namespace) -> tuple[Groups, d
             groups[method].append(progress)
             if seed == 0:
                 networks[method] = model
-                if method != "float":
+                if method == "float":
+                    networks["float channels-last"] = copy.deepcopy(model).to(memory_format=torch.channels_last)
+                else:
                     networks[f"{method} packed"] = load_model(config, options.output)
     return groups, networks
 

@@ -62,11 +62,12 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         file = tmp_path / f"model_{method}_seed0.safetensors"
         assert f"| {file.stat().st_size} |" in page
     assert results["recu"][0]["bytes"] < 0.5 * results["float"][0]["bytes"]
-    assert set(results["patches a second"]) == {*METHODS, *(f"{method} packed" for method in LAYERS)}
+    timed = {*METHODS, "float channels-last", *(f"{method} packed" for method in LAYERS)}
+    assert set(results["patches a second"]) == timed
     for found in results["patches a second"].values():
         assert set(found) == {str(size) for size in BATCHES}
         assert min(found.values()) > 0
-    assert page.count("\n| ") == (2 + 4) + (2 + 7)
+    assert page.count("\n| ") == (2 + 4) + (2 + 8)
     assert (tmp_path / "binary.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*unfinished*"))
 
