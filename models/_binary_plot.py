@@ -17,7 +17,7 @@ from tersor.models._binary_train import METHODS, Progress
 
 TITLES = {"float": "float32", "ste": "STE", "recu": "ReCU", "reste": "ReSTE"}
 COLORS = {"float": "#666666", "ste": "#ff7f0e", "recu": "#1f77b4", "reste": "#d62728"}
-TRAINED, PACKED = "#aec7e8", "#2ca02c"
+TRAINED, OTHER, PACKED = "#aec7e8", "#ffbb78", "#2ca02c"
 
 Groups = Mapping[str, Sequence[Progress]]  # of every method, a run for each seed
 
@@ -57,11 +57,15 @@ def _bytes(axis: Axes, groups: Groups) -> None:
 
 
 def _speed(axis: Axes, speeds: Speeds, size: int) -> None:
-    """Two bars for a binary network: as trained and packed."""
-    for shift, ending, color, label in ((-0.2, "", TRAINED, "as trained"), (0.2, " packed", PACKED, "packed")):
+    """Two bars for each: as trained, and in float32 the other memory format, of a binary network the packed one."""
+    for shift, ending, color, label in (
+        (-0.2, "", TRAINED, "as trained"),
+        (0.2, " channels-last", OTHER, "channels-last"),
+        (0.2, " packed", PACKED, "packed"),
+    ):
         places = [place for place, method in enumerate(METHODS) if method + ending in speeds]
         heights = [speeds[METHODS[place] + ending][size] for place in places]
-        axis.bar([place + (shift if place else 0) for place in places], heights, 0.4, color=color, label=label)
+        axis.bar([place + shift for place in places], heights, 0.4, color=color, label=label)
     _name(axis)
     axis.set_ylabel(f"patches a second, batch {size}")
     axis.legend(fontsize=8)

@@ -52,8 +52,10 @@ CAPTION = (
     "fell on its other side somewhere. Bytes: of the model's file, packed for the binary ones."
 )
 SPEED_CAPTION = (
-    "Patches a second: medians of the rounds, of the first seed's networks in eval mode. In brackets: against float32."
+    "Patches a second: medians of the rounds, of the first seed's networks in eval mode. In brackets: against the "
+    "faster of float32's two memory formats."
 )
+BLOCK_TITLES = {"bireal": "Bi-Real Net, norm(relu(conv)) + shortcut", "recu": "ReCU, hardtanh(norm(conv) + shortcut)"}
 OPERATORS = ("binary_", "pack_signs", "recu_")
 
 
@@ -78,8 +80,7 @@ def run(options: argparse.Namespace) -> None:
     title = f"Which photograph is it? Judged by {options.part} patches"
     print_table(console, title, [row[:PRINTED] for row in rows], CAPTION)
     print_table(console, "Patches a second", speed_rows, SPEED_CAPTION)
-    judged = f"Judged by {options.patches} {options.part} patches, trained at the rate {options.rate:g}. {CAPTION}"
-    below = ["", judged, "", *markdown_table(speed_rows), "", SPEED_CAPTION]
+    below = ["", f"{_recipe(options)} {CAPTION}", "", *markdown_table(speed_rows), "", SPEED_CAPTION]
     below += ["", "![accuracy, size and speed](binary.png)"]
     more = {"backends": backends, "patches a second": speeds}
     written = [
@@ -213,16 +214,26 @@ def _rows(groups: Groups, patches: int) -> list[list[str]]:
     return rows
 
 
+def _recipe(options: argparse.Namespace) -> str:
+    return (
+        f"All networks are ResNet-20s of width {options.width} with the blocks of {BLOCK_TITLES[options.block]}, each "
+        f"trained for {options.epochs} epochs of {options.iterations} steps of {options.batch_size} patches, by SGD at "
+        f"the rate {options.rate:g} with a decay of {options.decay:g}, and judged by {options.patches} {options.part} "
+        "patches."
+    )
+
+
 def _speed_rows(speeds: Speeds) -> list[list[str]]:
     from tersor.models._binary_measure import BATCHES
     from tersor.models._binary_plot import TITLES
 
     rows = [["", *(f"batch {size}" for size in BATCHES)]]
+    plain = {size: max(speeds[name][size] for name in speeds if name.startswith("float")) for size in BATCHES}
     for name, found in speeds.items():
         method, _, ending = name.partition(" ")
         row: list[Any] = [f"{TITLES[method]}{ending and ', '}{ending}"]
         for size in BATCHES:
-            row.append(f"{found[size]:.0f} ({found[size] / speeds['float'][size]:.2f}x)")
+            row.append(f"{found[size]:.0f} ({found[size] / plain[size]:.2f}x)")
         rows.append(row)
     return rows
 
