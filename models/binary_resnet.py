@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.binary import BinaryStep, ChannelBias, ReCUConv2d, ReSTEConv2d, binary_step
-from tersor.models.layers import Layer
+from tersor.models.layers import Hardtanh, Layer, hardtanh
 from tersor.models.resnet import ResNet
 
 Reshape = Callable[[int, int, int], nn.Module]  # a shortcut's module for channels before, channels after, and stride
@@ -61,7 +61,7 @@ def _check_divides(input: Tensor, stride: int) -> None:
         )
 
 
-def projected(before: int, after: int, stride: int) -> nn.Module:
+def projected(before: int, after: int, stride: int) -> nn.Sequential:
     """A 1x1 convolution in full precision and a norm."""
     return nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after))
 
@@ -104,8 +104,8 @@ class BinaryBlock(nn.Module):
         self.relu, self.each, self.shortcut_name = relu, each, shortcut
         reshaped = stride != 1 or before != width
         self.add_module(shortcut, reshape(before, width, stride) if reshaped else nn.Identity())
-        if not relu:  # in place: autograd then keeps this result, as the next convolution does anyway, and not the sum
-            self.act1, self.act2 = nn.Hardtanh(inplace=True), nn.Hardtanh(inplace=True)
+        if not relu:
+            self.act1, self.act2 = Hardtanh(), Hardtanh()
 
     def binary_steps(self) -> Iterator[BinaryStep]:
         """For :func:`tersor.binary.convert_`."""
@@ -156,13 +156,9 @@ class ShiftedBlock(nn.Module):
         return binary_step(self, step, input, getattr(self, self.shortcut_name)(input))
 
 
-def _hardtanh(x: Tensor) -> Tensor:
-    return F.hardtanh(x, inplace=True)
-
-
 CIFAR: dict[str, Any] = {"stem": "cifar", "shortcut": "shortcut", "classifier": "linear", "norm": "bn2"}
 IMAGENET: dict[str, Any] = {"stem": "imagenet", "norm": "bn2"}
-RECU: dict[str, Any] = {"conv": ReCUConv2d, "first": nn.Conv2d, "stem_activation": _hardtanh}
+RECU: dict[str, Any] = {"conv": ReCUConv2d, "first": nn.Conv2d, "stem_activation": hardtanh}
 RESTE: dict[str, Any] = {"conv": ReSTEConv2d, "first": nn.Conv2d, "activation_first": True}
 TWO_STAGE: dict[str, Any] = {
     "conv": ReCUConv2d,

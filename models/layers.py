@@ -88,6 +88,41 @@ class Mlp(nn.Module):
         return apply_linear(self.fc2, hidden, residual=residual)
 
 
+class _Hardtanh(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input):
+        return F.hardtanh(input)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return torch.ops.aten.hardtanh_backward(grad_output, *ctx.saved_tensors, -1.0, 1.0)
+
+
+def hardtanh(input: Tensor) -> Tensor:
+    """``torch.nn.functional.hardtanh`` that keeps its result for the backward pass, not its input.
+
+    This saves a map where the next layer keeps the result anyway, as a binary convolution does. The gradient is the
+    same: it passes strictly between -1 and 1. (In place, torch keeps a copy of the input.)
+    """
+    return _Hardtanh.apply(input) if torch.is_grad_enabled() and input.requires_grad else F.hardtanh(input)
+
+
+class Hardtanh(nn.Hardtanh):
+    """:func:`hardtanh` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return hardtanh(input)
+
+
 class GlobalAttention(nn.Module):
     """Self-attention over all positions of a map: ``(B, H, W, dim)`` to ``(B, H, W, dim)``.
 

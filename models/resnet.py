@@ -182,7 +182,7 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: widths must be {len(depths)} sizes of at least 1, got {widths}")
         channels = width
         for i, (name, depth) in enumerate(zip(self.stages, depths, strict=True)):
-            blocks = []
+            blocks: list[Any] = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 blocks.append(block(channels, widths[i], stride, conv=conv, shortcut=shortcut))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tersor.binary import BinaryStep, ReCUConv2d, ReSTEConv2d, binary_step
 from tersor.models._classification import check_images, init_convolution
 from tersor.models._super_resolution import check_sizes
-from tersor.models.layers import Layer
+from tersor.models.layers import Hardtanh, Layer
 
 WIDTHS = (1, 1, 2, 2, 4, 4)  # of the convolutions, in units of the first one's
 POOLED = (1, 3, 5)  # these are followed by max pooling
@@ -62,8 +62,8 @@ class VGGSmall(nn.Module):
             layer = conv if i else first
             self.add_module(f"conv{i}", layer(channels, width * multiple, 3, padding=1, bias=False))
             self.add_module(f"bn{i}", nn.BatchNorm2d(width * multiple))
-            if not relu:  # in place: autograd then keeps this result, as the next convolution does anyway
-                self.add_module(f"act{i}", nn.Hardtanh(inplace=True))
+            if not relu:
+                self.add_module(f"act{i}", Hardtanh())
             channels = width * multiple
         self.fc = linear(channels * SIDE * SIDE, num_classes)
         self.apply(init_convolution)
@@ -95,9 +95,11 @@ class VGGSmall(nn.Module):
 
 def vgg_small_recu(num_classes: int = 10, width: int = 128, in_chans: int = 3, **options: Any) -> VGGSmall:
     """ReCU for CIFAR: 4.7 M parameters, 0.60 G binary multiply-adds; options as for :class:`VGGSmall`."""
-    return VGGSmall(num_classes, width, in_chans, **{"conv": ReCUConv2d} | options)
+    options = {"conv": ReCUConv2d} | options
+    return VGGSmall(num_classes, width, in_chans, **options)
 
 
 def vgg_small_reste(num_classes: int = 10, width: int = 128, in_chans: int = 3, **options: Any) -> VGGSmall:
     """ReSTE for CIFAR: 4.7 M parameters, 0.60 G binary multiply-adds; options as for :class:`VGGSmall`."""
-    return VGGSmall(num_classes, width, in_chans, **{"conv": ReSTEConv2d, "relu": True} | options)
+    defaults: dict[str, Any] = {"conv": ReSTEConv2d, "relu": True}
+    return VGGSmall(num_classes, width, in_chans, **defaults | options)

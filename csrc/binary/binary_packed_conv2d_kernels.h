@@ -257,6 +257,16 @@ TERSOR_INLINE void take_out_padding(const Task& task, const Unit& unit, const Sc
   }
 }
 
+// a * b + c in one rounding at every level.
+TERSOR_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if TERSOR_ISA_LEVEL > 0
+  return fma<float>(a, b, c);
+#else
+  for (int i = 0; i < Simd<float>::lanes; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return a;
+#endif
+}
+
 // The numbers of one pixel's outputs, from `channel` on.
 template <class T>
 TERSOR_INLINE void finish(const Task& task, const int32_t* sums, int64_t channel, int outputs, const T* residual, T* to) {
@@ -276,7 +286,8 @@ TERSOR_INLINE void finish(const Task& task, const int32_t* sums, int64_t channel
         const float* const own = task.epilogue + channel + o;
         const auto at = [&](int r) { return load_as<float>(own + r * row, count); };
         y = at(0) * y + at(1);
-        if (task.relu) y = at(2) * (y < 0 ? Vec<A>{} : y) + at(3);
+        if (task.relu) y = y < 0 ? Vec<A>{} : y;
+        y = multiply_add(at(2), y, at(3));
         if (residual != nullptr) y += load_as<float>(residual + o, count);
         if (task.activation == Activation::hardtanh) {
           y = y < -1 ? splat(-1.0f) : y;

@@ -26,7 +26,8 @@ static void sign_range(const Sign& task, int64_t first, int64_t end) {
       uint32_t bits = to_bits<A>(magnitude_of<A>(x) <= t);
       if (count < lanes) bits &= (1u << count) - 1;
       if constexpr (lanes >= 8) {
-        for (int b = 0; b < (count + 7) / 8; ++b) task.inside[i / 8 + b] = static_cast<uint8_t>(bits >> 8 * b);
+        const auto pair = static_cast<uint16_t>(bits);
+        std::memcpy(task.inside + i / 8, &pair, count > 8 ? 2 : 1);
       } else {
         uint8_t& byte = task.inside[i / 8];
         byte = static_cast<uint8_t>((i % 8 == 0 ? 0u : byte) | bits << i % 8);

@@ -43,11 +43,11 @@ class PackedBinaryWeight(NamedTuple):
 class Epilogue(NamedTuple):
     r"""What :func:`binary_packed_conv2d` does to its whole numbers s, channel by channel, in float32.
 
-    .. math:: y = scale \cdot s + shift, \quad [y \leftarrow gain \cdot \max(y, 0) + offset], \quad
-        y \leftarrow y + residual,
+    .. math:: y = scale \cdot s + shift, \quad [y \leftarrow \max(y, 0)], \quad
+        y \leftarrow gain \cdot y + offset, \quad y \leftarrow y + residual,
 
     the bracket with ``relu`` only; then the activation: none, hardtanh(y), or with z = y + before
-    (z > 0 ? z : slope z) + after.
+    (z > 0 ? z : slope z) + after. Each operation is rounded once, gain y + offset as a whole (as torch's norms do).
 
     Attributes:
         rows: float32 ``(7, O)``: scale, shift, gain, offset, before, slope, after.
@@ -295,7 +295,8 @@ def _reference(
     if rows is not None:
         scale, shift, gain, offset, before, slope, after = rows.view(len(ROWS), -1, 1, 1)
         y = scale * y + shift
-        y = gain * torch.relu(y) + offset if relu else y
+        y = torch.relu(y) if relu else y
+        y = (gain.double() * y.double() + offset.double()).float()
         y = y if residual is None else y + residual.float()
         if activation == "hardtanh":
             y = F.hardtanh(y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -200,5 +200,5 @@ def _folds(norm: nn.Module) -> bool:
     return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
 
 
-def _takes_bits(layer: Any) -> bool:
+def _takes_bits(layer: Any) -> TypeGuard[BinaryConv2d | ReCUConv2d]:
     return isinstance(layer, (BinaryConv2d, ReCUConv2d)) and layer.takes_signs

@@ -20,7 +20,7 @@ class BinaryLayer:
     """What the layers share, and packing needs to know: how whole numbers become the layer's output."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # of torch's layers: a tensor or None
 
     @property
     def takes_signs(self) -> bool:
@@ -140,7 +140,7 @@ class ReSTEConv2d(BinaryConv2d):
         act_bits32: bool = False,
         **kwargs: Any,
     ) -> None:
-        rules = {"estimator": None if act_bits32 else reste(o_a, t_a), "weight_estimator": reste(o, t)}
+        rules: dict[str, Any] = {"estimator": None if act_bits32 else reste(o_a, t_a), "weight_estimator": reste(o, t)}
         super().__init__(*args, **rules, **kwargs)
 
 

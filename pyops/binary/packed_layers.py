@@ -48,7 +48,7 @@ class _Packed(nn.Module):
         nonzero = (weight > 0) | (weight < 0)  # the sign of NaN is 0
         self.register_buffer("packed", pack_mask(weight > 0))
         self.register_buffer("nonzero", None if bool(nonzero.all()) else pack_mask(nonzero))
-        self.relu, self.activation = False, "none"
+        self.fused, self.relu, self.activation = False, False, "none"
 
     def signs_of_weight(self) -> Tensor:
         """-1, 0 and 1 in the weight's shape."""
@@ -56,7 +56,7 @@ class _Packed(nn.Module):
         return 2 * positive - 1 if self.nonzero is None else (2 * positive - 1) * unpack_mask(self.nonzero, self.shape)
 
     def _used_rows(self) -> list[int]:
-        return [0, 1, *([2, 3] if self.relu else []), *([4, 5, 6] if self.activation == "prelu" else [])]
+        return [0, 1, *([2, 3] if self.fused else []), *([4, 5, 6] if self.activation == "prelu" else [])]
 
     def _prepare(self) -> None:
         """What is not stored: weights and rows as the kernels read them."""
@@ -68,7 +68,7 @@ class _Packed(nn.Module):
         full = None
         if self.rows is not None:
             used = {ROWS[i]: row for i, row in zip(self._used_rows(), self.rows, strict=True)}
-            options = {"relu": self.relu, "activation": self.activation, "device": self.rows.device}
+            options: dict[str, Any] = {"relu": self.relu, "activation": self.activation, "device": self.rows.device}
             full = epilogue(self.shape[0], **options, **used).rows
         self.register_buffer("full_rows", full, persistent=False)
 
@@ -100,9 +100,10 @@ class _Packed(nn.Module):
 class PackedBinaryConv2d(_Packed):
     r"""A binary convolution for inference, as :func:`convert_` makes it.
 
-    Its sums of signs are exact. With a norm and all that follows in the same pass (see :class:`Epilogue`), the output
-    differs from that of the layers it replaces by the roundings of a few float32 operations. With ``signs_for`` it
-    gives the :class:`PackedSigns` of the output instead; these are exactly the signs that the replaced layers compute,
+    Its sums of signs are exact, and what follows (see :class:`Epilogue`) is computed operation by operation as the
+    replaced layers compute it. In float32, where torch's norm multiplies and adds in one rounding (x86-64 with FMA),
+    the output is theirs bit by bit; only a bias inside ReCU's scaling is rounded otherwise. With ``signs_for`` the
+    layer gives the :class:`PackedSigns` of the output instead; these are the signs that the replaced layers compute,
     for their thresholds are found by running these layers on every whole number there can be.
 
     Args:
@@ -188,8 +189,14 @@ class PackedBinaryConv2d(_Packed):
 class PackedBinaryLinear(_Packed):
     """A :class:`BinaryLinear` for inference, as :func:`convert_` makes it; see :class:`PackedBinaryConv2d`.
 
+    Args:
+        layer: trained, of binarised input.
+
     Shape:
         as ``torch.nn.Linear``.
+
+    Raises:
+        TypeError, ValueError: ``layer`` or the input is not as stated.
     """
 
     def __init__(self, layer: BinaryLinear) -> None:
@@ -221,12 +228,20 @@ class PackedBinaryLinear(_Packed):
 class PackedWeightConv2d(_Packed):
     """A :class:`BinaryConv2d` that takes its input as it is: its weight is stored in bits, and it computes in float.
 
+    Args:
+        layer: trained.
+
     Shape:
         as ``torch.nn.Conv2d``.
+
+    Raises:
+        TypeError: ``layer`` or the input is not as stated.
     """
 
     def __init__(self, layer: BinaryConv2d) -> None:
         super().__init__()
+        if not isinstance(layer, BinaryConv2d):
+            raise TypeError(f"PackedWeightConv2d: layer must be a BinaryConv2d, got {type(layer).__name__}")
         self._configure(layer, layer.groups)
         self.stride, self.padding, self.dilation = layer.stride, _amounts(layer), layer.dilation
         self.register_buffer("rows", _rows(layer, None, False, None)[0][:2].clone())
@@ -249,33 +264,33 @@ def _rows(
     layer: BinaryLayer, norm: nn.BatchNorm2d | None, relu: bool, activation: nn.Module | None
 ) -> tuple[Tensor, str]:
     """All rows of the epilogue, and the name of its activation."""
-    scale, shift = (t.double() for t in layer.affine())
-    rows = dict(zip(ROWS, torch.zeros(len(ROWS), len(scale), dtype=torch.float64, device=scale.device), strict=True))
-    if norm is not None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        gain = (norm.running_var.double() + norm.eps).rsqrt()
-        gain = gain if norm.weight is None else gain * norm.weight.double()
-        offset = -norm.running_mean.double() * gain
-        offset = offset if norm.bias is None else offset + norm.bias.double()
-        if relu:
-            rows |= {"gain": gain, "offset": offset}
-        else:
-            scale, shift = scale * gain, shift * gain + offset
-    elif relu:
-        rows |= {"gain": torch.ones_like(scale)}
-    rows |= {"scale": scale, "shift": shift}
+    scale, shift = layer.affine()
+    rows = dict(zip(ROWS, torch.zeros(len(ROWS), len(scale), device=scale.device), strict=True))
+    gain, offset = (torch.ones_like(scale), torch.zeros_like(scale)) if norm is None else _affine_of(norm)
+    rows |= {"scale": scale, "shift": shift, "gain": gain, "offset": offset}
     name = "none"
     if is_hardtanh(activation):
         name = "hardtanh"
     elif activation is not None:
         name = "prelu"
-        rows |= {key: row.double().flatten().expand(len(scale)) for key, row in _prelu_rows(activation).items()}
-    return torch.stack([rows[key] for key in ROWS]).float(), name
+        rows |= {key: row.flatten().expand(len(scale)) for key, row in _prelu_rows(activation).items()}
+    return torch.stack([rows[key].float() for key in ROWS]), name
+
+
+def _affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Factor and addend that torch makes of the norm, by what it does to 0, and to 1 where nothing is added."""
+    assert norm.running_mean is not None
+    zero = torch.zeros_like(norm.running_mean)[None, :, None, None]
+
+    def result(x: Tensor, mean: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(x, mean, norm.running_var, norm.weight, bias, False, 0.0, norm.eps).flatten()
+
+    return result(zero + 1, zero.flatten(), None), result(zero, norm.running_mean, norm.bias)
 
 
 def _prelu_rows(activation: nn.Module) -> dict[str, Tensor]:
-    parts, rows = list(activation) if isinstance(activation, nn.Sequential) else [activation], {}
+    parts: list[Any] = list(activation) if isinstance(activation, nn.Sequential) else [activation]
+    rows: dict[str, Tensor] = {}
     if parts and isinstance(parts[0], ChannelBias):
         rows["before"] = parts.pop(0).bias
     if parts and isinstance(parts[-1], ChannelBias):

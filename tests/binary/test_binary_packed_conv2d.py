@@ -47,7 +47,7 @@ def rows(outputs: int, device: str = "cpu") -> dict[str, Tensor]:
 def _finish(y: Tensor, values: dict[str, Tensor], relu: bool, residual: Tensor | None, activation: str) -> Tensor:
     v = {n: t.to(y.dtype).view(-1, 1, 1) for n, t in values.items()}
     y = v["scale"] * y + v["shift"]
-    y = v["gain"] * F.relu(y) + v["offset"] if relu else y
+    y = v["gain"] * (F.relu(y) if relu else y) + v["offset"]
     y = y if residual is None else y + residual
     if activation == "hardtanh":
         return F.hardtanh(y)

@@ -1,4 +1,4 @@
-"""Linear layers in one call: the same numbers as torch's own, and whoever watches a layer still sees it."""
+"""Linear layers in one call: the same numbers as torch's own, and whoever watches a layer still sees it; hardtanh."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tersor import NMLinear
 from tersor.models import layers
-from tersor.models.layers import Mlp, apply_linear
+from tersor.models.layers import Hardtanh, Mlp, apply_linear, hardtanh
 
 INPUTS = {
     "tokens": lambda: torch.randn(2, 5, 33),
@@ -91,6 +91,23 @@ def test_another_activation_is_kept() -> None:
         for act in (nn.ReLU(), nn.GELU(approximate="tanh")):
             mlp.act = act
             torch.testing.assert_close(mlp(x), mlp.fc2(act(mlp.fc1(x))))
+
+
+def test_hardtanh_is_torchs() -> None:
+    x = torch.tensor([-torch.inf, -1.5, -1.0, -0.5, -0.0, 0.99, 1.0, 1.01, torch.inf, torch.nan], requires_grad=True)
+    gradient = torch.randn(10)
+    for function in (hardtanh, Hardtanh(), torch.func.vmap(hardtanh)):
+        torch.testing.assert_close(function(x), F.hardtanh(x), rtol=0, atol=0, equal_nan=True)
+        (ours,), (theirs,) = (torch.autograd.grad(f(x), x, gradient) for f in (function, F.hardtanh))
+        assert torch.equal(ours[:9], theirs[:9])
+        assert ours.count_nonzero() == 3 + ours[9].count_nonzero()
+    with torch.no_grad():
+        assert torch.equal(hardtanh(x[:9]), F.hardtanh(x[:9]))
+    y = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(hardtanh, y)
+    assert torch.autograd.gradgradcheck(hardtanh, y)
+    module = Hardtanh()
+    assert (module.min_val, module.max_val) == (-1, 1), "as packing of binary layers looks for it"
 
 
 def test_compiles_as_one_graph() -> None:

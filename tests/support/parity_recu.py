@@ -136,7 +136,8 @@ class TwoBlocks(nn.Module):
 
 def check_network(arrays: Arrays, meta: Meta, dtype: torch.dtype, device: str) -> Values:
     """Blocks, mostly with resnet20's stem and head around them, through a step of training and then evaluation."""
-    shifted = sorted({n.split("__")[0].removeprefix("param_") for n in arrays if n.endswith("__move0__bias")})
+    shifts = [n.split("__") for n in arrays if n.startswith("param_") and n.endswith("__move0__bias")]
+    shifted = sorted(parts[0].removeprefix("param_") for parts in shifts)
     model = TwoBlocks(arrays, shifted) if shifted else _resnet(arrays, meta)
     for layer in model.modules():
         if hasattr(layer, "set_tau_"):

@@ -1,0 +1,154 @@
+"""Packed binary convolutions and linear layers against torch's float32 ones with the same signs; inference.
+
+The convolutions are ResNet-18's, channels-last. `tersor` takes a float map and packs its signs first, `tersor_bits`
+takes bits, `tersor_signs` takes and gives bits. Weights are packed before anything is timed, the dense one too where
+the peer can (`compiled_packed`). FLOPs are those of the dense product.
+"""
+
+import settings
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from harness import benchmark
+from suite import Implementation, Prepared, Suite, Target
+from torch import nn
+
+from tersor.binary import binary_packed_conv2d, binary_packed_conv2d_signs, pack_binary_weight, pack_signs, unpack_signs
+
+CUDA = settings.device() == "cuda"
+LAYERS = {"c64": (64, 56), "c128": (128, 28), "c256": (256, 14), "c512": (512, 7)}
+CONVOLUTIONS = {f"{n}_b{b}": (b, c, c, side, 3) for n, (c, side) in LAYERS.items() for b in (1, 16)}
+LINEARS = {f"{c}_b{b}": (b, c, c, 1, 1) for c in (1024, 4096) for b in (1, 64)}
+if settings.QUICK:
+    CONVOLUTIONS, LINEARS = {"c32_b2": (2, 32, 32, 6, 3)}, {"64_b4": (4, 64, 64, 1, 1)}
+
+
+def make_inputs(size, dtype, device, generator):
+    batch, channels, outputs, side, kernel = size
+    input = torch.randn(batch, channels, side, side, generator=generator)
+    weight = torch.randn(outputs, channels, kernel, kernel, generator=generator)
+    return tuple(t.to(device, dtype).contiguous(memory_format=torch.channels_last) for t in (input, weight))
+
+
+def traffic(size, element_bytes, direction):
+    """The map read and written, a bit per weight read; a multiply-add per weight and output pixel."""
+    batch, channels, outputs, side, kernel = size
+    pixels, weights = batch * side**2, channels * outputs * kernel**2
+    return pixels * (channels + outputs) * element_bytes + weights // 8, 2 * pixels * weights
+
+
+def packed(size):
+    def build(input, weight):
+        blocks = pack_binary_weight(weight)
+        return lambda: binary_packed_conv2d(pack_signs(input), blocks, padding=size[4] // 2)
+
+    return build
+
+
+def from_bits(size):
+    def build(input, weight):
+        signs, blocks = pack_signs(input), pack_binary_weight(weight)
+        return lambda: binary_packed_conv2d(signs, blocks, padding=size[4] // 2)
+
+    return build
+
+
+def to_bits(size):
+    def build(input, weight):
+        signs, blocks = pack_signs(input), pack_binary_weight(weight)
+        thresholds = torch.zeros(3, size[2], dtype=torch.int32, device=input.device)
+        thresholds[0] = 1
+        return lambda: binary_packed_conv2d_signs(signs, blocks, thresholds, padding=size[4] // 2)
+
+    return build
+
+
+def product(size):
+    if size[3] == 1:  # a linear layer
+        return lambda x, w: F.linear(x.flatten(1), w.flatten(1))[:, :, None, None]
+    return lambda x, w: F.conv2d(x, w, padding=size[4] // 2)
+
+
+def dense(size):
+    def build(input, weight):
+        multiply, input, weight = product(size), torch.sign(input), torch.sign(weight)
+        return lambda: multiply(input, weight)
+
+    return build
+
+
+def compiled_packed(size):
+    _, channels, outputs, side, kernel = size
+
+    def build(input, weight):
+        options = {"device": input.device, "dtype": input.dtype, "bias": False}
+        if side == 1:
+            layer = nn.Linear(channels, outputs, **options)
+            input, weight = input.flatten(1), weight.flatten(1)
+        else:
+            layer = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, **options)
+            layer = layer.to(memory_format=torch.channels_last)
+        layer = layer.requires_grad_(False).eval()
+        layer.weight.copy_(torch.sign(weight))
+        input = torch.sign(input)
+        call = torch.compile(layer, dynamic=False, fullgraph=True)
+        with torch._inductor.config.patch(freezing=True):  # as an option of torch.compile it would do nothing
+            call(input)
+        return lambda: call(input).reshape(size[0], outputs, side, side)
+
+    return build
+
+
+def prepare(build, inputs, dtype, direction):
+    """What ``build`` does with input and weight is not timed; what it returns computes the product."""
+    with torch.no_grad():
+        call = build(*(t.float() if t.dtype == torch.float64 else t for t in inputs))  # whole numbers, exact
+
+    def no_grad():
+        with torch.no_grad():
+            return call()
+
+    def results():
+        output = no_grad()
+        return {"output": output if isinstance(output, torch.Tensor) else unpack_signs(output)}
+
+    return Prepared(no_grad, results)
+
+
+IMPLEMENTATIONS = [
+    Implementation("tersor", packed, ours=True, note="from a float map, whose signs are packed first"),
+    Implementation("tersor_bits", from_bits, ours=True, note="from bits"),
+    Implementation("tersor_signs", to_bits, ours=True, compared=False, note="from bits to bits"),
+    Implementation("dense", dense, note="torch's float32 layer of the signs"),
+]
+if CUDA:
+    IMPLEMENTATIONS.append(
+        Implementation("triton", packed, ours=True, backend="triton", note="Triton, from a float map")
+    )
+else:
+    note = "torch.compile of the dense layer with its freezing, which packs the weight beforehand"
+    IMPLEMENTATIONS.append(Implementation("compiled_packed", compiled_packed, note=note))
+
+
+def suite(operator, sizes, small, names, bar):
+    return Suite(
+        operator=operator,
+        sizes=sizes,
+        small=small,
+        dtypes=[torch.float16, torch.float32] if CUDA else [torch.float32],
+        directions=["forward"],
+        make_inputs=make_inputs,
+        traffic=traffic,
+        reference=dense,
+        prepare=prepare,
+        implementations=IMPLEMENTATIONS,
+        operators=["pack_signs", "binary_packed_conv2d", "binary_packed_conv2d_signs"],
+        targets=[] if CUDA else [Target(f"{operator}/{name}/float32/forward", "dense", bar) for name in names],
+    )
+
+
+CONVOLUTION = suite("binary_packed_conv2d", CONVOLUTIONS, (2, 70, 9, 5, 3), ["c256_*", "c512_*"], 8)
+LINEAR = suite("binary_packed_linear", LINEARS, (3, 70, 9, 1, 1), ["*"], 10)
+
+bench_binary_packed_conv2d = benchmark(CONVOLUTION)
+bench_binary_packed_linear = benchmark(LINEAR)
