@@ -107,10 +107,14 @@ def _train_all(console: Console, options: argparse.Namespace) -> tuple[Groups, d
             if seed == 0:
                 networks[method] = model
                 if method == "float":
-                    networks["float channels-last"] = copy.deepcopy(model).to(memory_format=torch.channels_last)
+                    networks["float channels-last"] = _channels_last(model)
                 else:
                     networks[f"{method} packed"] = load_model(config, options.output)
     return groups, networks
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
