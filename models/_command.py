@@ -7,7 +7,9 @@ import contextlib
 import datetime
 import importlib.util
 import json
+import math
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -143,6 +145,19 @@ def print_table(console: Console, title: str, rows: Sequence[Sequence[str]], cap
     console.print(table)
 
 
+def mean_and(values: Sequence[float], spread: float | None = None) -> str:
+    """The mean, and the given spread or the standard deviation if there are several values."""
+    found = statistics.stdev(values) if spread is None and len(values) > 1 else spread
+    return f"{statistics.fmean(values):.2f}" + (f" +- {found:.2f}" if found is not None else "")
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Mean of the seeds' differences, and its standard error; NaN for a single seed."""
+    paired = [a - b for a, b in zip(ours, theirs, strict=True)]
+    noise = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
+    return statistics.fmean(paired), noise
+
+
 def about() -> dict[str, str]:
     """Machine, date, versions, commit."""
     here = Path(__file__).resolve().parent
@@ -183,6 +198,10 @@ def write_page(path: Path, title: str, rows: Sequence[Sequence[str]], below: Seq
     """A page of Markdown with the machine, a table whose first row is its header, and the lines below that."""
     line = ", ".join(f"{name} {value}" for name, value in about().items())
     lines = [f"# {title}", "", line, ""]
-    lines += [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-    path.write_text("\n".join([*lines, *below]) + "\n")
+    path.write_text("\n".join([*lines, *markdown_table(rows), *below]) + "\n")
     return path
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Its lines; the first row is the header."""
+    return [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]

@@ -68,7 +68,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         float32 ``(count, FOLD**2, PATCH / FOLD, PATCH / FOLD)``, and int64 ``(count,)``.
     """
     labels = torch.randint(len(NAMES), (count,), generator=generator)
-    return _folded([_cut(pictures()[label], True, generator) for label in labels.tolist()]), labels
+    return folded([_cut(pictures()[label], True, generator) for label in labels.tolist()]), labels
 
 
 @functools.lru_cache(maxsize=2)
@@ -76,7 +76,7 @@ def test_set(per_class: int) -> tuple[Tensor, Tensor]:
     """As many test patches of each photograph, as :func:`draw` returns them; always the same."""
     generator = torch.Generator().manual_seed(2211_08544)
     labels = torch.arange(len(NAMES)).repeat_interleave(per_class)
-    return _folded([_cut(pictures()[label], False, generator) for label in labels.tolist()]), labels
+    return folded([_cut(pictures()[label], False, generator) for label in labels.tolist()]), labels
 
 
 def _cut(picture: Picture, train: bool, generator: torch.Generator) -> Tensor:
@@ -104,5 +104,6 @@ def evened(patches: Tensor) -> Tensor:
     return centred / (centred.std((-2, -1), keepdim=True) + 4)  # 4: flat patches stay flat
 
 
-def _folded(patches: list[Tensor]) -> Tensor:
+def folded(patches: list[Tensor]) -> Tensor:
+    """Patches ``(H, W)`` as a network's input ``(N, FOLD**2, H / FOLD, W / FOLD)``, evened and from 0 to 1."""
     return F.pixel_unshuffle((evened(torch.stack(patches)) / 4 + 0.5).clamp(0, 1)[:, None], FOLD)

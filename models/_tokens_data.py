@@ -21,7 +21,7 @@ PARTS = ("train", "validation", "test")
 
 
 @functools.lru_cache(maxsize=1)
-def _corners() -> dict[str, list[tuple[tuple[int, int], ...]]]:
+def corners() -> dict[str, list[tuple[tuple[int, int], ...]]]:
     """Of every part: the cells' top left corners, by photograph."""
     found: dict[str, list[tuple[tuple[int, int], ...]]] = {part: [] for part in PARTS}
     for picture in pictures(CELL):
@@ -38,7 +38,7 @@ def draw(count: int, generator: torch.Generator, part: str = "train") -> tuple[T
     sides = torch.randint(SMALLEST, CELL + 1, (count,), generator=generator)
     images = torch.zeros(count, 1, SIDE, SIDE)
     for image, label, side in zip(images, labels.tolist(), sides.tolist(), strict=True):
-        window = cut(pictures(CELL)[label].values, _corners()[part][label], CELL, side, generator)
+        window = cut(pictures(CELL)[label].values, corners()[part][label], CELL, side, generator)
         top, left = torch.randint(SIDE - side + 1, (2,), generator=generator).tolist()
         image[0, top : top + side, left : left + side] = evened(turned(window, generator))
     return images, labels

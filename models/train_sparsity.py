@@ -23,6 +23,7 @@ import torch
 from tersor.models._command import (
     PHOTOGRAPHS,
     between,
+    difference,
     folder,
     make_output,
     print_table,
@@ -128,13 +129,6 @@ def _train(console: Console, config: Config, output: Path, resume: bool) -> Prog
         _, progress = train(config, output, resume, report)
         show(config.epochs, 0, f"accuracy {progress.accuracy:.2f} %, kept {progress.kept[-1]:.0%}")
     return progress
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Mean of the seeds' differences, and its standard error; NaN for a single seed."""
-    paired = [a - b for a, b in zip(ours, theirs, strict=True)]
-    noise = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-    return statistics.fmean(paired), noise
 
 
 def _rows(groups: dict[tuple[str, str], list[Progress]], patches: int) -> list[list[str]]:

@@ -28,6 +28,7 @@ from tersor.models._command import (
     device,
     folder,
     make_output,
+    mean_and,
     print_table,
     run_command,
     training_bar,
@@ -179,12 +180,6 @@ def _train(console: Console, config: Config, output: Path, resume: bool) -> tupl
         highest = max(point["test"] for point in progress.points)
         show(config.epochs, 0, f"loss {progress.loss[-1]:.2f}, accuracy {highest:.2f} %")
     return model, progress
-
-
-def mean_and(values: Sequence[float], spread: float | None = None) -> str:
-    """The mean, and the given spread or the standard deviation if there are several values."""
-    found = statistics.stdev(values) if spread is None and len(values) > 1 else spread
-    return f"{statistics.fmean(values):.2f}" + (f" +- {found:.2f}" if found is not None else "")
 
 
 def _against(points: Sequence[dict[str, float | None]], key: str) -> str:

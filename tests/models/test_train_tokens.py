@@ -112,7 +112,7 @@ def test_all_methods_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_window_of_one_part_is_in_another() -> None:
-    parts = _tokens_data._corners()
+    parts = _tokens_data.corners()
     for number, picture in enumerate(_tokens_data.pictures(_tokens_data.CELL)):
         corners = [set(parts[part][number]) for part in _tokens_data.PARTS]
         assert min(map(len, corners)) >= 5
