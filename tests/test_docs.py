@@ -33,6 +33,25 @@ def attention() -> dict[str, Any]:
     return run_page("attention.md")
 
 
+@pytest.fixture
+def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)  # the page saves a file
+    torch.manual_seed(0)
+    return run_page("binary.md")
+
+
+def test_the_pages_packed_layers_compute_what_it_says(binary: dict[str, Any]) -> None:
+    torch.testing.assert_close(binary["model"](binary["images"]), binary["expected"], rtol=1e-5, atol=1e-5)
+    expected = torch.nn.functional.hardtanh(binary["sums"] * 0.01 + binary["x"].sign())
+    assert torch.equal(binary["scaled"], expected)
+    assert binary["maps"].eq(binary["maps"].round()).all()
+    saved = torch.load("packed.pt", weights_only=True)
+    bits = sum(t.numel() for name, t in saved.items() if name.endswith(".packed"))
+    assert bits * 8 == sum(
+        p.numel() for n, p in binary["resnet20_recu"]().named_parameters() if ".conv" in n and p.dim() == 4
+    )
+
+
 @pytest.fixture(scope="module")
 def tokens() -> dict[str, Any]:
     torch.manual_seed(0)

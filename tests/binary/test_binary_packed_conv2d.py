@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,9 +130,7 @@ def level(request: pytest.FixtureRequest) -> Any:
     native.set_cpu_isa(before)
 
 
-@pytest.mark.parametrize("zeros", ["none", "input", "weight", "both"])
-@pytest.mark.parametrize("channels", [8, 64, 100, 256])
-def test_exact_sums_at_every_level(channels: int, zeros: str, level: str) -> None:
+def check_sums(channels: int, zeros: str) -> None:
     input, weight = torch.randn(2, channels, 14, 13), torch.randn(21, channels, 3, 3)
     input = input.round() if zeros in ("input", "both") else input
     weight = weight.mul(2).round() if zeros in ("weight", "both") else weight
@@ -137,6 +139,28 @@ def test_exact_sums_at_every_level(channels: int, zeros: str, level: str) -> Non
         given = binary_packed_conv2d(pack_signs(input), pack_binary_weight(weight), stride, padding, dilation)
         assert torch.equal(given, expected)
         assert given.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("zeros", ["none", "input", "weight", "both"])
+@pytest.mark.parametrize("channels", [8, 64, 100, 256])
+def test_exact_sums_at_every_level(channels: int, zeros: str, level: str) -> None:
+    check_sums(channels, zeros)
+
+
+def check_all_sums() -> None:
+    for channels in (8, 100, 256):
+        for zeros in ("none", "both"):
+            check_sums(channels, zeros)
+
+
+@pytest.mark.skipif(native is None, reason="the C++ library was not built here")
+def test_without_counts_of_words() -> None:
+    """A processor without AVX512-VPOPCNTDQ counts by a table of half bytes at its level."""
+    code = "import test_binary_packed_conv2d as t; t.check_all_sums(); print('same')"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
+    environment = {**os.environ, "TERSOR_CPU_VPOPCNTDQ": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 1, 1), (7, 300, 1, 1), (1, 64, 1, 300)])
