@@ -111,7 +111,8 @@ Scratch lay_out_scratch(const Task& task, char* memory, int64_t* bytes, int64_t 
   const int64_t pixels = task.band * task.out_width;
   Scratch scratch{};
   scratch.words = arena.take<int64_t>(2 * task.scratch_plane), scratch.places = arena.take<int64_t>(pixels);
-  scratch.border = arena.take<bool>(pixels), scratch.tap_sums = arena.take<int32_t>(task.taps() * MOST_OUTPUTS);
+  scratch.zeros = arena.take<bool>(task.rows * task.columns);
+  scratch.meets = arena.take<bool>(pixels), scratch.border = arena.take<bool>(pixels), scratch.tap_sums = arena.take<int32_t>(task.taps() * MOST_OUTPUTS);
   scratch.thresholds = arena.take<int32_t>(3 * MOST_OUTPUTS);
   if (task.out_signs == nullptr && !task.channels_last) {
     scratch.columns = arena.take<char>(pixels * MOST_OUTPUTS * element);
@@ -159,6 +160,25 @@ void run_units(const Task& task, const Parts& parts, int64_t element) {
   });
 }
 
+// The blocks in which a weight is zero: only they take more than their signs.
+std::vector<char> find_zeros(const Task& task) {
+  std::vector<char> found(task.groups * task.blocks);
+  const uint64_t last = task.channels % WORD ? (uint64_t{1} << task.channels % WORD) - 1 : ~uint64_t{0};
+  for (int64_t b = 0; b < task.groups * task.blocks; ++b) {
+    const int64_t outputs = std::min(BLOCK, task.outputs - b % task.blocks * BLOCK);
+    const int64_t* nonzero = task.weight + task.weight_plane + b * task.block_words();
+    uint64_t missing[BLOCK] = {};
+    for (int64_t tap = 0; tap < task.taps(); ++tap) {
+      for (int64_t w = 0; w < task.words; ++w, nonzero += BLOCK) {
+        const uint64_t all = w + 1 == task.words ? last : ~uint64_t{0};
+        for (int64_t o = 0; o < BLOCK; ++o) missing[o] |= static_cast<uint64_t>(nonzero[o]) ^ all;
+      }
+    }
+    found[b] = std::any_of(missing, missing + outputs, [](uint64_t m) { return m != 0; });
+  }
+  return found;
+}
+
 void run(Task& task, ScalarType dtype) {
   task.multiply = TERSOR_FOR_ISA(multiply_bytes);
   task.tile_pixels = TERSOR_FOR_ISA(TILE_PIXELS), task.tile_blocks = TERSOR_FOR_ISA(TILE_BLOCKS);
@@ -176,6 +196,8 @@ void run(Task& task, ScalarType dtype) {
     offsets.push_back((row * task.columns + tap % task.kernel_w * task.dilation_w) * task.words + i % task.words);
   }
   task.offsets = offsets.data(), task.steps = static_cast<int64_t>(offsets.size());
+  std::vector<char> block_zeros;
+  if (task.weight_planes == 2) block_zeros = find_zeros(task), task.block_zeros = block_zeros.data();
   with_type(dtype, [&](auto type) { run_units<decltype(type)>(task, parts, sizeof(type)); });
 }
 

@@ -25,6 +25,7 @@ struct Task {
   const int64_t* weight;    // [planes][groups][blocks][taps][words][8]
   int64_t weight_planes, weight_plane;
   const int32_t* sums;      // [groups * outputs][taps]
+  const char* block_zeros;  // [groups][blocks]: whether a weight is zero; null where none is
   int64_t blocks;           // of one group
 
   // A padded copy of the input's rows: [rows][columns][words], both planes one after the other.
@@ -63,6 +64,8 @@ struct Unit {
 struct Scratch {
   int64_t* words;       // the padded copy
   int64_t* places;      // of the unit's pixels in it
+  bool* zeros;          // of the copy's pixels: whether a sign inside the image is zero
+  bool* meets;          // whether the window of a pixel meets such a one
   bool* border;         // whether the window of a pixel reaches out of the image
   int32_t* tap_sums;    // [taps][outputs of a tile]: what a tap outside has added to a sum, taken negative
   int32_t* thresholds;  // [3][outputs of a tile]

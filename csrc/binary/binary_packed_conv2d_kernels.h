@@ -184,14 +184,16 @@ TERSOR_VPOPCNTDQ static void multiply(const Task& task, const int64_t* const pix
 
 // ---- A unit: the padded copy, the tiles, and what follows ----
 
-// Copies the rows that a unit's windows reach; returns whether a sign inside the image is zero.
-static bool copy_padded(const Task& task, const Unit& unit, int64_t group, int64_t* scratch) {
+// Copies the rows that a unit's windows reach, and marks where a sign inside the image is zero; returns if there is one.
+static bool copy_padded(const Task& task, const Unit& unit, int64_t group, const Scratch& own) {
+  int64_t* const scratch = own.words;
   const int64_t first = unit.first_row * task.stride_h - task.padding_h, words = task.words;
   const int64_t rows = (unit.end_row - unit.first_row - 1) * task.stride_h + (task.kernel_h - 1) * task.dilation_h + 1;
   const int64_t left = std::min(task.padding_w, task.columns), inside = std::min(task.width, task.columns - left);
   const int64_t step = task.groups * words;
   const uint64_t last = task.channels % WORD ? (uint64_t{1} << task.channels % WORD) - 1 : ~uint64_t{0};
-  uint64_t missing = 0;
+  bool any = false;
+  std::memset(own.zeros, 0, rows * task.columns);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t y = first + r;
     for (int plane = 0; plane < 2; ++plane) {
@@ -211,15 +213,16 @@ static bool copy_padded(const Task& task, const Unit& unit, int64_t group, int64
       }
       if (plane == 1) {
         for (int64_t x = 0; x < inside; ++x) {
+          uint64_t missing = static_cast<uint64_t>(to[x * words + words - 1]) ^ last;
           for (int64_t w = 0; w + 1 < words; ++w) missing |= ~static_cast<uint64_t>(to[x * words + w]);
-          missing |= static_cast<uint64_t>(to[x * words + words - 1]) ^ last;
+          own.zeros[r * task.columns + left + x] = missing != 0, any = any || missing != 0;
         }
       }
       to += inside * words;
       std::memset(to, 0, (task.columns - left - inside) * words * 8);
     }
   }
-  return missing != 0;
+  return any;
 }
 
 // Whether `kernel` taps from `at` on lie inside [0, size).
@@ -227,13 +230,24 @@ TERSOR_INLINE bool lies_inside(int64_t at, int64_t kernel, int64_t dilation, int
   return at >= 0 && at + (kernel - 1) * dilation < size;
 }
 
-static int64_t place_pixels(const Task& task, const Unit& unit, const Scratch& scratch) {
+// Whether a window from that place of the copy on meets a zero.
+static bool meets_zero(const Task& task, const bool* zeros, int64_t place) {
+  for (int64_t kh = 0; kh < task.kernel_h; ++kh) {
+    for (int64_t kw = 0; kw < task.kernel_w; ++kw) {
+      if (zeros[place + kh * task.dilation_h * task.columns + kw * task.dilation_w]) return true;
+    }
+  }
+  return false;
+}
+
+static int64_t place_pixels(const Task& task, const Unit& unit, const Scratch& scratch, bool any) {
   int64_t pixel = 0;
   for (int64_t y = unit.first_row; y < unit.end_row; ++y) {
     const bool rows = lies_inside(y * task.stride_h - task.padding_h, task.kernel_h, task.dilation_h, task.height);
     for (int64_t x = 0; x < task.out_width; ++x, ++pixel) {
-      scratch.places[pixel] =
-          ((y - unit.first_row) * task.stride_h * task.columns + x * task.stride_w) * task.words;
+      const int64_t place = (y - unit.first_row) * task.stride_h * task.columns + x * task.stride_w;
+      scratch.places[pixel] = place * task.words;
+      scratch.meets[pixel] = any && meets_zero(task, scratch.zeros, place);
       scratch.border[pixel] =
           !rows || !lies_inside(x * task.stride_w - task.padding_w, task.kernel_w, task.dilation_w, task.width);
     }
@@ -347,17 +361,20 @@ TERSOR_INLINE void spread(const Task& task, const Unit& unit, const T* columns, 
 
 template <class T>
 static void do_blocks(const Task& task, const Unit& unit, const Scratch& scratch, int64_t group, int64_t first,
-                      int64_t end, bool zeros) {
-  const int64_t pixels = place_pixels(task, unit, scratch), area = task.out_height * task.out_width;
+                      int64_t end, bool any) {
+  const int64_t pixels = place_pixels(task, unit, scratch, any), area = task.out_height * task.out_width;
   const auto channels = static_cast<int32_t>(task.channels);
   const int64_t before = unit.image * area + unit.first_row * task.out_width;
-  zeros = zeros || task.weight_planes == 2;
   for (int64_t block = first; block < end; block += task.tile_blocks) {
     const int blocks = static_cast<int>(std::min<int64_t>(task.tile_blocks, end - block));
     const int outputs = static_cast<int>(std::min<int64_t>(blocks * BLOCK, task.outputs - block * BLOCK));
     const int64_t channel = group * task.outputs + block * BLOCK;
     const int64_t* const weight = task.weight + (group * task.blocks + block) * task.block_words();
-    for (int64_t t = 0; t < task.taps() && !zeros && task.pads(); ++t) {
+    bool has_zeros = false;
+    for (int q = 0; q < blocks && task.block_zeros != nullptr; ++q) {
+      has_zeros = has_zeros || task.block_zeros[group * task.blocks + block + q];
+    }
+    for (int64_t t = 0; t < task.taps() && !has_zeros && task.pads(); ++t) {
       int32_t* const own = scratch.tap_sums + t * MOST_OUTPUTS;
       for (int o = 0; o < MOST_OUTPUTS; ++o) own[o] = o < outputs ? 2 * task.sums[(channel + o) * task.taps() + t] - channels : 0;
     }
@@ -369,7 +386,12 @@ static void do_blocks(const Task& task, const Unit& unit, const Scratch& scratch
     alignas(64) int32_t sums[MOST_PIXELS * MOST_OUTPUTS] = {};
     for (int64_t p = 0; p < pixels; p += task.tile_pixels) {
       const int64_t* at[MOST_PIXELS];
-      for (int i = 0; i < MOST_PIXELS; ++i) at[i] = scratch.words + scratch.places[std::min(p + i, pixels - 1)];
+      bool zeros = has_zeros;
+      for (int i = 0; i < MOST_PIXELS; ++i) {
+        const int64_t pixel = std::min(p + i, pixels - 1);
+        at[i] = scratch.words + scratch.places[pixel];
+        zeros = zeros || scratch.meets[pixel];
+      }
       task.multiply(task, at, weight, blocks, zeros, sums);
       for (int64_t i = 0; i < std::min<int64_t>(task.tile_pixels, pixels - p); ++i) {
         int32_t* const own = sums + i * MOST_OUTPUTS;
@@ -396,7 +418,7 @@ static void do_unit(const Task& task, const Unit& unit, const Scratch& scratch) 
   for (int64_t group = unit.first_block / task.blocks; group * task.blocks < unit.end_block; ++group) {
     const int64_t first = std::max<int64_t>(0, unit.first_block - group * task.blocks);
     const int64_t end = std::min(task.blocks, unit.end_block - group * task.blocks);
-    const bool zeros = copy_padded(task, unit, group, scratch.words);
+    const bool zeros = copy_padded(task, unit, group, scratch);
     do_blocks<T>(task, unit, scratch, group, first, end, zeros);
   }
 }
