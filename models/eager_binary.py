@@ -105,6 +105,8 @@ def recu_weight(weight: Tensor, tau: float) -> Tensor:
 class EagerReCUConv2d(nn.Conv2d):
     """The parameters of :class:`tersor.ReCUConv2d`."""
 
+    tau: Tensor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.alpha = nn.Parameter(torch.rand(self.out_channels, 1, 1))
