@@ -68,7 +68,8 @@ def _speed(axis: Axes, speeds: Speeds, size: int) -> None:
         axis.bar([place + shift for place in places], heights, 0.4, color=color, label=label)
     _name(axis)
     axis.set_ylabel(f"patches a second, batch {size}")
-    axis.legend(fontsize=8)
+    axis.margins(y=0.3)  # room for the legend
+    axis.legend(fontsize=8, loc="upper left")
 
 
 def _name(axis: Axes) -> None:
