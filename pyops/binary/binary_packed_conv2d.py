@@ -159,20 +159,57 @@ def binary_packed_conv2d(
         _check_epilogue(name, epilogue, outputs)
         _check_device(name, signs, epilogue=epilogue.rows)
     if residual is not None:
-        check_floating(name, residual=residual)
-        shape = (signs.words.shape[1], outputs, *_sizes(signs.words, weight.sums, *window))
+        epilogue = epilogue or Epilogue(_identity(outputs, signs.words.device))
+    return convolve(name, signs.words, weight, window, epilogue, residual, dtype, bool(channels_last))
+
+
+def convolve(
+    where: str,
+    words: Tensor,
+    weight: PackedBinaryWeight,
+    window: Sequence[list[int]],
+    epilogue: Epilogue | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool = True,
+) -> Tensor:
+    """:func:`binary_packed_conv2d` of what has been checked but for the input's size and the residual."""
+    sizes = _sizes(words, weight.sums, *window)
+    if min(sizes) < 1:
+        _check_fits(where, words, weight, window)
+    if residual is not None:
+        check_floating(where, residual=residual)
+        shape = (words.shape[1], weight.sums.shape[0], *sizes)
         if residual.shape != shape or residual.dtype != dtype:
             raise ValueError(
-                f"{name}: residual must be {dtype} of shape {tuple(shape)}, got {residual.dtype} of shape "
+                f"{where}: residual must be {dtype} of shape {tuple(shape)}, got {residual.dtype} of shape "
                 f"{tuple(residual.shape)}"
             )
-        _check_device(name, signs, residual=residual)
-        epilogue = epilogue or Epilogue(_identity(outputs, signs.words.device))
+        if residual.device != words.device:
+            raise ValueError(f"{where}: residual must be on the device of signs {words.device}, got {residual.device}")
         residual = residual.detach()
     rows, relu, activation = epilogue or (None, False, "none")
-    return _binary_packed_conv2d.without_gradient(
-        signs.words, *weight, *window, rows, relu, activation, residual, dtype, bool(channels_last)
-    )
+    end = (rows, relu, activation, residual, dtype, channels_last)
+    return _binary_packed_conv2d.without_gradient(words, *weight, *window, *end)
+
+
+def convolve_to_signs(
+    where: str,
+    words: Tensor,
+    weight: PackedBinaryWeight,
+    window: Sequence[list[int]],
+    thresholds: Tensor,
+    groups: int,
+) -> PackedSigns:
+    """:func:`binary_packed_conv2d_signs` of what has been checked but for the input's size."""
+    _check_fits(where, words, weight, window)
+    result = _binary_packed_conv2d_signs.without_gradient(words, *weight, *window, thresholds, groups)
+    return PackedSigns(result, weight.sums.shape[0])
+
+
+def _check_fits(where: str, words: Tensor, weight: PackedBinaryWeight, window: Sequence[list[int]]) -> None:
+    _, batch, height, width, groups, _ = words.shape
+    check_fits(where, (batch, weight.channels * groups, height, width), weight.sums.shape[1:], *window)
 
 
 def binary_packed_conv2d_signs(
@@ -209,8 +246,7 @@ def binary_packed_conv2d_signs(
     if groups < 1 or outputs % groups:
         raise ValueError(f"{name}: groups must divide the output channels ({outputs}), got {groups}")
     _check_device(name, signs, thresholds=thresholds)
-    words = _binary_packed_conv2d_signs.without_gradient(signs.words, *weight, *window, thresholds, groups)
-    return PackedSigns(words, outputs)
+    return convolve_to_signs(name, signs.words, weight, window, thresholds, groups)
 
 
 def _check(
@@ -226,10 +262,7 @@ def _check(
             f"got {signs.channels} in {signs.words.shape[4]}"
         )
     _check_device(where, signs, weight=weight.blocks)
-    window = check_window(where, stride, padding, dilation)
-    _, batch, height, width = signs.words.shape[:4]
-    check_fits(where, (batch, channels, height, width), weight.sums.shape[1:], *window)
-    return window
+    return check_window(where, stride, padding, dilation)
 
 
 def _check_device(where: str, signs: PackedSigns, **tensors: Tensor) -> None:

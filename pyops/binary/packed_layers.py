@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from tersor._checks import check_floating, check_window
 from tersor.binary.binary_packed_conv2d import (
+    DTYPES,
     ROWS,
     Epilogue,
     PackedBinaryWeight,
     binary_packed_conv2d,
-    binary_packed_conv2d_signs,
+    convolve,
+    convolve_to_signs,
     epilogue,
     pack_binary_weight,
 )
@@ -161,21 +163,28 @@ class PackedBinaryConv2d(_Packed):
         self.eval()
 
     def forward(self, input: Tensor | PackedSigns, residual: Tensor | None = None) -> Tensor | PackedSigns:
-        weight, window = self.packed_weight(), (self.stride, self.padding, self.dilation)
-        dtype = self.dtype
+        name, dtype = "PackedBinaryConv2d", self.dtype
         if isinstance(input, Tensor):
             dtype = input.dtype
+            if dtype not in DTYPES:
+                raise TypeError(f"{name}: input must be float16, bfloat16 or float32, got {dtype}")
             before = None if self.before is None else self.before.to(dtype)
             input = pack_signs(input, before, self.groups)
+        words, channels = input
+        if channels != self.shape[1] * self.groups or words.shape[4] != self.groups:
+            raise ValueError(
+                f"{name}: input must have {self.shape[1] * self.groups} channels in {self.groups} groups, "
+                f"got {channels} in {words.shape[4]}"
+            )
+        weight, window = self.packed_weight(), (self.stride, self.padding, self.dilation)
         if self.thresholds is not None:
             assert self.signs_for is not None
             if residual is not None:
-                raise ValueError("PackedBinaryConv2d: residual must be None where the layer gives signs, got a tensor")
-            return binary_packed_conv2d_signs(input, weight, self.thresholds, *window, groups=self.signs_for)
+                raise ValueError(f"{name}: residual must be None where the layer gives signs, got a tensor")
+            return convolve_to_signs(name, words, weight, window, self.thresholds, self.signs_for)
         assert self.full_rows is not None
         end = Epilogue(self.full_rows, self.relu, self.activation)
-        dtype = dtype if residual is None else residual.dtype
-        return binary_packed_conv2d(input, weight, *window, epilogue=end, residual=residual, dtype=dtype)
+        return convolve(name, words, weight, window, end, residual, dtype if residual is None else residual.dtype)
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = self.shape

@@ -311,12 +311,12 @@ def test_what_cannot_be_packed_is_refused() -> None:
         (
             lambda: PackedBinaryConv2d(BinaryConv2d(2, 1, 1))(torch.ones(1, 2, 3, 3).double()),
             TypeError,
-            r"dtype must be float16, bfloat16 or float32, got torch\.float64",
+            r"input must be float16, bfloat16 or float32, got torch\.float64",
         ),
         (
             lambda: PackedBinaryConv2d(BinaryConv2d(2, 1, 1))(pack_signs(torch.ones(1, 3, 3, 3))),
             ValueError,
-            "signs must have 2 channels in 1 groups for this weight, got 3 in 1",
+            "input must have 2 channels in 1 groups, got 3 in 1",
         ),
     ],
 )
