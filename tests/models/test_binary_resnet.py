@@ -235,7 +235,7 @@ def test_memory_format() -> None:
     for build in (resnet20_recu, resnet20_reste):
         model, x = build(4, width=4).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
         for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
-            norm.running_mean.normal_()  # a batch's own mean of whole numbers would meet some of them, and leave 0 +- eps
+            norm.running_mean.normal_()  # a mean of whole numbers may meet some of them, and leave 0 +- eps
         maps: list[Tensor] = []
         for block in model.layer2:
             block.register_forward_hook(lambda _, __, output, maps=maps: maps.append(output))
