@@ -263,9 +263,17 @@ Tensor forward_signs(const Tensor& given_signs, const Tensor& blocks, const Tens
 
 }  // namespace
 
-Tensor whole_numbers(const Tensor& signs, const Weight& weight, int64_t channels, const Sizes& stride,
-                     const Sizes& padding, const Sizes& dilation, ScalarType dtype, bool channels_last) {
+Tensor scaled_numbers(const Tensor& signs, const Weight& weight, const Maybe& given_scale, int64_t channels,
+                      const Sizes& stride, const Sizes& padding, const Sizes& dilation, ScalarType dtype,
+                      bool channels_last) {
   Task task = make_task(signs, weight, channels, stride, padding, dilation);
+  Tensor scale;
+  if (given_scale) {
+    STD_TORCH_CHECK(given_scale->is_cpu() && given_scale->scalar_type() == dtype && given_scale->dim() == 1 &&
+                        given_scale->size(0) == task.all_outputs(),
+                    "scale must be a CPU tensor (O,) of the dtype of input");
+    scale = torch::stable::contiguous(*given_scale), task.scale = scale.const_data_ptr();
+  }
   task.channels_last = channels_last;
   Tensor output = new_output(task, signs, dtype, channels_last);
   task.output = output.mutable_data_ptr();

@@ -37,7 +37,8 @@ struct Task {
   Multiply multiply;
   int tile_pixels, tile_blocks;
 
-  // What follows; rows of all output channels, or null.
+  // What follows: a factor of the output's type, or rows of float32, of all output channels; or null.
+  const void* scale;
   const float* epilogue;
   bool relu;
   Activation activation;

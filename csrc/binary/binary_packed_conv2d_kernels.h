@@ -295,6 +295,7 @@ TERSOR_INLINE void finish(const Task& task, const int32_t* sums, int64_t channel
     } else {
       for (int i = 0; i < count; ++i) y[i] = static_cast<A>(sums[o + i]);
     }
+    if (task.scale != nullptr) y *= load_as<A>(static_cast<const T*>(task.scale) + channel + o, count);
     if constexpr (std::is_same_v<A, float>) {
       if (task.epilogue != nullptr) {
         const float* const own = task.epilogue + channel + o;

@@ -105,8 +105,9 @@ struct Weight {
 };
 Weight block_weight(const Tensor& signs, int64_t channels, int64_t groups);
 
-// The whole numbers of a convolution in the given type, and nothing after them.
-Tensor whole_numbers(const Tensor& signs, const Weight& weight, int64_t channels, const Sizes& stride,
-                     const Sizes& padding, const Sizes& dilation, ScalarType dtype, bool channels_last);
+// The whole numbers of a convolution in the given type, times a number of that type for each output.
+Tensor scaled_numbers(const Tensor& signs, const Weight& weight, const Maybe& scale, int64_t channels,
+                      const Sizes& stride, const Sizes& padding, const Sizes& dilation, ScalarType dtype,
+                      bool channels_last);
 
 }  // namespace tersor::binary

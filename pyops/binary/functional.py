@@ -16,12 +16,13 @@ from tersor.binary.recu_weight import recu_weight
 Size = int | Sequence[int]
 
 
-def binary_linear(input: Tensor, weight: Tensor) -> Tensor:
-    """``linear`` of sign(input) with sign(weight), see :func:`binary_conv2d`.
+def binary_linear(input: Tensor, weight: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """scale times ``linear`` of sign(input) with sign(weight), see :func:`binary_conv2d`.
 
     Args:
         input: ``(..., I)``; floating point.
         weight: ``(O, I)``, of the input's dtype.
+        scale: ``(O,)`` or of one element, of the input's dtype; None for 1.
 
     Returns:
         ``(..., O)``, differentiable once.
@@ -36,7 +37,7 @@ def binary_linear(input: Tensor, weight: Tensor) -> Tensor:
             f"{tuple(input.shape)} and {tuple(weight.shape)}"
         )
     rows = input.reshape(-1, input.shape[-1])
-    output = binary_conv2d(rows[:, :, None, None], weight[:, :, None, None])
+    output = binary_conv2d(rows[:, :, None, None], weight[:, :, None, None], scale=scale)
     return output.reshape(*input.shape[:-1], weight.shape[0])
 
 
@@ -77,8 +78,9 @@ def recu_conv2d(
     if alpha.shape != (weight.shape[0], 1, 1):
         raise ValueError(f"{name}: alpha must be ({weight.shape[0]}, 1, 1), got shape {tuple(alpha.shape)}")
     signs = binarize_activation(input, training), recu_weight(weight, tau)
-    output = binary_conv2d(*signs, stride, padding, dilation, groups)
-    return alpha * (output if bias is None else output + bias[:, None, None])
+    if bias is None:
+        return binary_conv2d(*signs, stride, padding, dilation, groups, scale=alpha.flatten())
+    return alpha * (binary_conv2d(*signs, stride, padding, dilation, groups) + bias[:, None, None])
 
 
 def reste_conv2d(
@@ -140,8 +142,7 @@ def scaled_conv2d(
     if estimator is None:
         signs = signs if factor is None else signs * factor.view(-1, 1, 1, 1)
         return F.conv2d(input, signs, bias, *window, groups)
-    output = binary_conv2d(binary_sign(input, estimator), signs, *window, groups)
-    output = output if factor is None else output * factor.view(-1, 1, 1)
+    output = binary_conv2d(binary_sign(input, estimator), signs, *window, groups, scale=factor)
     return output if bias is None else output + bias[:, None, None]
 
 

@@ -161,14 +161,11 @@ class BinaryLinear(_Scaled, nn.Linear):
         self._configure(estimator, weight_estimator, scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        signs = binary_sign(self.weight, self.weight_estimator)
-        sums = (
-            F.linear(input, signs)
-            if self.estimator is None
-            else binary_linear(binary_sign(input, self.estimator), signs)
-        )
-        factor = weight_scale(self.weight, self.scale)
-        output = sums if factor is None else sums * factor
+        signs, factor = binary_sign(self.weight, self.weight_estimator), weight_scale(self.weight, self.scale)
+        if self.estimator is None:
+            output = F.linear(input, signs if factor is None else signs * factor.view(-1, 1))
+        else:
+            output = binary_linear(binary_sign(input, self.estimator), signs, scale=factor)
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:

@@ -378,18 +378,20 @@ def test_words_of_signs(outputs, groups, following, zeros, on_triton):
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_convolution(dtype, on_triton):
-    """Sums, bits and gradients are the reference's, with zeros, groups, and either memory format."""
+    """Sums, bits and gradients are the reference's, with zeros, groups, a scale or none, and either memory format."""
     x, weight = torch.randn(2, 6, 5, 4).mul(2).round().to(dtype), torch.randn(4, 3, 3, 2).round().to(dtype)
     window = ([2, 1], [1, 2], [1, 2])
-    for given, kernel in ((x, weight), (x.to(memory_format=torch.channels_last), weight.flip(3).flip(3))):
-        ours, theirs = both(ops.binary_conv2d_forward, given, kernel, *window, 2)
+    factors = torch.tensor([0.3, -0.7, 1.1, 0.0]).to(dtype)
+    last_format = x.to(memory_format=torch.channels_last), weight.flip(3).flip(3)
+    for given, kernel, scale in ((x, weight, None), (*last_format, factors)):
+        ours, theirs = both(ops.binary_conv2d_forward, given, kernel, scale, *window, 2)
         assert all(map(torch.equal, ours, theirs))
         last = not ours[0].is_contiguous()
         incoming = torch.randn(ours[0].shape).to(dtype)
-        for need in ((True, True), (True, False), (False, True)):
-            kept = (incoming, *theirs[1:], 6, *window, 2, last, *need)
+        for need in ((True, True, scale is not None), (True, False, False), (False, True, False)):
+            kept = (incoming, *theirs[1:], scale, 6, *window, 2, last, *need)
             assert all(map(torch.equal, *both(ops.binary_conv2d_backward, *kept)))
-    empty = ops.binary_conv2d_forward(x[:0], weight, *window, 2)
+    empty = ops.binary_conv2d_forward(x[:0], weight, None, *window, 2)
     assert [t.shape[i] for i, t in enumerate(empty[:2])] == [0, 0]
 
 
@@ -432,7 +434,7 @@ def test_mismatched_tensors_are_refused(on_triton):
     with pytest.raises(ValueError, match="thresholds must be int32"):
         ops.binary_packed_conv2d_signs(words, *blocks, *window, torch.zeros(3, 4).int(), 1)
     with pytest.raises(ValueError, match="binary_conv2d: input and weight must be"):
-        ops.binary_conv2d_forward(x, x, *window, 2)
+        ops.binary_conv2d_forward(x, x, None, *window, 2)
 
 
 @interpreted

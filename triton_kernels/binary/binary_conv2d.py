@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor._window import is_channels_last, output_sizes
+from tersor.binary.binary_conv2d import convolution_gradients
 from tersor.binary.binary_packed_conv2d import _blocks
 from tersor.triton_kernels.binary.binary_packed_conv2d import convolve
 from tersor.triton_kernels.binary.pack_signs import pack_signs
@@ -17,6 +18,7 @@ from tersor.triton_kernels.binary.unpack_signs import unpack_signs
 def binary_conv2d_forward(
     input: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -40,7 +42,11 @@ def binary_conv2d_forward(
     input_signs, weight_signs = pack_signs(input, None, groups), pack_signs(weight, None, 1)
     blocks = _blocks(weight_signs.squeeze(4), groups)
     kernel = (weight.shape[0], *weight.shape[2:])
-    end = (None, False, "none", None, input.dtype, is_channels_last(input))
+    rows = None
+    if scale is not None:
+        rows = torch.zeros(7, weight.shape[0], device=input.device)
+        rows[0], rows[2] = scale, 1
+    end = (rows, False, "none", None, input.dtype, is_channels_last(input))
     return convolve(input_signs, blocks, kernel, shape, window, *end), input_signs, weight_signs
 
 
@@ -48,6 +54,7 @@ def binary_conv2d_backward(
     grad_output: Tensor,
     input_signs: Tensor,
     weight_signs: Tensor,
+    scale: Tensor | None,
     channels: int,
     stride: list[int],
     padding: list[int],
@@ -56,14 +63,11 @@ def binary_conv2d_backward(
     channels_last: bool,
     need_input: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``tersor::binary_conv2d_backward``: torch's convolution, of the unpacked signs."""
     dtype = grad_output.dtype
     input = unpack_signs(input_signs, channels, dtype, channels_last)
     weight = unpack_signs(weight_signs, channels // groups, dtype, channels_last)
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    options = (None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False])
-    grads = torch.ops.aten.convolution_backward(grad_output.contiguous(memory_format=format), input, weight, *options)
-    empty = grad_output.new_empty(0)
-    grad_input = grads[0].contiguous(memory_format=format) if need_input else empty
-    return grad_input, grads[1].contiguous() if need_weight else empty
+    window, needs = (stride, padding, dilation), (need_input, need_weight, need_scale)
+    return convolution_gradients(grad_output, input, weight, scale, window, groups, channels_last, needs)
