@@ -72,7 +72,8 @@ void scale_outputs(Tensor& weight, const Tensor& scale) {
     torch::stable::parallel_for(0, outputs, grain_for(4 * row), [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o) {
         const A factor = static_cast<A>(factors[o]);
-        for (int64_t i = o * row; i < (o + 1) * row; ++i) numbers[i] = static_cast<T>(static_cast<A>(numbers[i]) * factor);
+        T* const own = numbers + o * row;
+        for (int64_t i = 0; i < row; ++i) own[i] = static_cast<T>(static_cast<A>(own[i]) * factor);
       }
     });
   });
@@ -84,7 +85,8 @@ Tensor sum_outputs(const Tensor& first, const Tensor& second) {
   Tensor sums = torch::stable::new_empty(first, {outputs});
   with_type(first.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const T *const a = static_cast<const T*>(first.const_data_ptr()), *const b = static_cast<const T*>(second.const_data_ptr());
+    const T* const a = static_cast<const T*>(first.const_data_ptr());
+    const T* const b = static_cast<const T*>(second.const_data_ptr());
     T* const to = static_cast<T*>(sums.mutable_data_ptr());
     torch::stable::parallel_for(0, outputs, grain_for(8 * row), [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o) {

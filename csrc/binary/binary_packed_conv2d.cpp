@@ -79,8 +79,7 @@ Task make_task(const Tensor& signs, const Weight& weight, int64_t channels, cons
 
 // Where nothing is padded and each pixel stands alone, all pixels are the rows of one image.
 void merge_pixels(Task& task) {
-  const bool alone = task.taps() == 1 && task.stride_h == 1 && task.stride_w == 1 && task.padding_h + task.padding_w == 0;
-  if (!alone) return;
+  if (task.taps() != 1 || task.stride_h * task.stride_w != 1 || task.pads()) return;
   const int64_t area = task.height * task.width;
   if (area == 1) task.channels_last = true;  // the same place in memory
   if (task.channels_last || task.out_signs != nullptr) {
@@ -112,7 +111,8 @@ Scratch lay_out_scratch(const Task& task, char* memory, int64_t* bytes, int64_t 
   Scratch scratch{};
   scratch.words = arena.take<int64_t>(2 * task.scratch_plane), scratch.places = arena.take<int64_t>(pixels);
   scratch.zeros = arena.take<bool>(task.rows * task.columns);
-  scratch.meets = arena.take<bool>(pixels), scratch.border = arena.take<bool>(pixels), scratch.tap_sums = arena.take<int32_t>(task.taps() * MOST_OUTPUTS);
+  scratch.meets = arena.take<bool>(pixels), scratch.border = arena.take<bool>(pixels);
+  scratch.tap_sums = arena.take<int32_t>(task.taps() * MOST_OUTPUTS);
   scratch.thresholds = arena.take<int32_t>(3 * MOST_OUTPUTS);
   if (task.out_signs == nullptr && !task.channels_last) {
     scratch.columns = arena.take<char>(pixels * MOST_OUTPUTS * element);
@@ -141,7 +141,8 @@ Parts choose_parts(Task& task) {
 template <class T>
 void run_units(const Task& task, const Parts& parts, int64_t element) {
   const auto unit_of = TERSOR_FOR_ISA(do_unit<T>);
-  const int64_t bands = task.bands(), all = task.groups * task.blocks, borders = (all + parts.blocks - 1) / parts.blocks;
+  const int64_t bands = task.bands(), all = task.groups * task.blocks;
+  const int64_t borders = (all + parts.blocks - 1) / parts.blocks;
   int64_t bytes = 0;
   lay_out_scratch(task, nullptr, &bytes, element);
   const int64_t counts = task.band * task.out_width * all * task.taps() * task.words / parts.count;

@@ -17,13 +17,15 @@ TERSOR_INLINE Bits load_bits(const int64_t* p) { return *reinterpret_cast<const 
 TERSOR_INLINE Bits count_bytes(Bits v) {
 #if TERSOR_ISA_LEVEL == 2
   const __m512i table = _mm512_set4_epi32(0x04030302, 0x03020201, 0x03020201, 0x02010100), four = _mm512_set1_epi8(15);
-  const __m512i low = _mm512_and_si512((__m512i)v, four), high = _mm512_and_si512(_mm512_srli_epi32((__m512i)v, 4), four);
+  const __m512i low = _mm512_and_si512((__m512i)v, four);
+  const __m512i high = _mm512_and_si512(_mm512_srli_epi32((__m512i)v, 4), four);
   return (Bits)_mm512_add_epi8(_mm512_shuffle_epi8(table, low), _mm512_shuffle_epi8(table, high));
 #elif TERSOR_ISA_LEVEL == 1
-  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2,
-                                         3, 2, 3, 3, 4);
+  const __m128i half = _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i table = _mm256_broadcastsi128_si256(half);
   const __m256i four = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_and_si256((__m256i)v, four), high = _mm256_and_si256(_mm256_srli_epi32((__m256i)v, 4), four);
+  const __m256i low = _mm256_and_si256((__m256i)v, four);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi32((__m256i)v, 4), four);
   return (Bits)_mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
 #else
   v -= (v >> 1) & 0x5555555555555555u;
@@ -74,7 +76,8 @@ TERSOR_INLINE void multiply_by(const Task& task, const int64_t* const* pixels, c
     }
     for (int p = 0; p < P; ++p) {
       for (int v = 0; v < V; ++v) {
-        total[p][v] += ZEROS ? total_of_bytes(both[p][v]) - 2 * total_of_bytes(differ[p][v]) : total_of_bytes(differ[p][v]);
+        const Bits own = total_of_bytes(differ[p][v]);
+        total[p][v] += ZEROS ? total_of_bytes(both[p][v]) - 2 * own : own;
       }
     }
   }
@@ -94,12 +97,10 @@ constexpr int TILE_BLOCKS = TERSOR_ISA_LEVEL == 2 ? 2 : 1;
 static void multiply_bytes(const Task& task, const int64_t* const pixels[MOST_PIXELS], const int64_t* weight,
                            int blocks, bool zeros, int32_t* sums) {
   constexpr int P = TILE_PIXELS;
-  if (zeros) {
-    for (int q = 0; q < blocks; ++q) multiply_by<P, 1, true>(task, pixels, weight + q * task.block_words(), sums + q * BLOCK);
-  } else if (blocks == TILE_BLOCKS) {
-    multiply_by<P, TILE_BLOCKS, false>(task, pixels, weight, sums);
-  } else {
-    for (int q = 0; q < blocks; ++q) multiply_by<P, 1, false>(task, pixels, weight + q * task.block_words(), sums + q * BLOCK);
+  if (blocks == TILE_BLOCKS && !zeros) return multiply_by<P, TILE_BLOCKS, false>(task, pixels, weight, sums);
+  for (int q = 0; q < blocks; ++q, weight += task.block_words(), sums += BLOCK) {
+    if (zeros) multiply_by<P, 1, true>(task, pixels, weight, sums);
+    else multiply_by<P, 1, false>(task, pixels, weight, sums);
   }
 }
 
@@ -184,7 +185,7 @@ TERSOR_VPOPCNTDQ static void multiply(const Task& task, const int64_t* const pix
 
 // ---- A unit: the padded copy, the tiles, and what follows ----
 
-// Copies the rows that a unit's windows reach, and marks where a sign inside the image is zero; returns if there is one.
+// Copies the rows that a unit's windows reach, and marks where a sign inside the image is zero; returns whether any is.
 static bool copy_padded(const Task& task, const Unit& unit, int64_t group, const Scratch& own) {
   int64_t* const scratch = own.words;
   const int64_t first = unit.first_row * task.stride_h - task.padding_h, words = task.words;
@@ -257,7 +258,7 @@ static int64_t place_pixels(const Task& task, const Unit& unit, const Scratch& s
 
 // Takes out the taps outside the image: their bits are 0, so that they differ from the positive weights.
 TERSOR_INLINE void take_out_padding(const Task& task, const Unit& unit, const Scratch& scratch, int64_t pixel,
-                               int32_t* sums) {
+                                    int32_t* sums) {
   const int64_t y = (unit.first_row + pixel / task.out_width) * task.stride_h - task.padding_h;
   const int64_t x = pixel % task.out_width * task.stride_w - task.padding_w;
   for (int64_t kh = 0; kh < task.kernel_h; ++kh) {
@@ -283,7 +284,8 @@ TERSOR_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) 
 
 // The numbers of one pixel's outputs, from `channel` on.
 template <class T>
-TERSOR_INLINE void finish(const Task& task, const int32_t* sums, int64_t channel, int outputs, const T* residual, T* to) {
+TERSOR_INLINE void finish(const Task& task, const int32_t* sums, int64_t channel, int outputs, const T* residual,
+                          T* to) {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   constexpr int lanes = Simd<A>::lanes;
   const int64_t row = task.all_outputs();
@@ -377,7 +379,8 @@ static void do_blocks(const Task& task, const Unit& unit, const Scratch& scratch
     }
     for (int64_t t = 0; t < task.taps() && !has_zeros && task.pads(); ++t) {
       int32_t* const own = scratch.tap_sums + t * MOST_OUTPUTS;
-      for (int o = 0; o < MOST_OUTPUTS; ++o) own[o] = o < outputs ? 2 * task.sums[(channel + o) * task.taps() + t] - channels : 0;
+      const int32_t* const positive = task.sums + channel * task.taps() + t;
+      for (int o = 0; o < MOST_OUTPUTS; ++o) own[o] = o < outputs ? 2 * positive[o * task.taps()] - channels : 0;
     }
     for (int r = 0; r < 3 && task.out_signs != nullptr; ++r) {
       for (int o = 0; o < outputs; ++o) {

@@ -37,7 +37,8 @@ Sign make_task(const std::string& estimator, double o, double t, double interval
 template <class F>
 void for_chunks(int64_t samples, int64_t size, const F& body) {
   const int64_t chunks = (size + CHUNK - 1) / CHUNK;
-  torch::stable::parallel_for(0, samples * chunks, grain_for(4 * std::min(size, CHUNK)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = grain_for(4 * std::min(size, CHUNK));
+  torch::stable::parallel_for(0, samples * chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % chunks * CHUNK;
       body(i / chunks, first, std::min(size, first + CHUNK));
@@ -86,6 +87,11 @@ void by_sample(int64_t samples, int64_t size, const F& first_pass, const G& betw
   for_chunks(samples, size, second_pass);
 }
 
+Tensor laid_out_like(const Tensor& t, bool channels_last) {
+  if (!channels_last) return torch::stable::empty_like(t);
+  return new_map(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), true);
+}
+
 bool is_dense(const Tensor& t) { return t.is_contiguous() || (t.dim() == 4 && is_channels_last(t)); }
 
 template <class T>
@@ -117,10 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, std::string esti
   STD_TORCH_CHECK(given.is_cpu() && is_floating(given.scalar_type()), "input must be a floating CPU tensor");
   STD_TORCH_CHECK(!scaled || given.dim() == 4, "input must be (N, C, H, W) where it is scaled");
   const Tensor input = is_dense(given) ? given : torch::stable::contiguous(given);
-  const bool last = input.dim() == 4 && is_channels_last(input);
-  Tensor output;
-  if (last) output = new_map(input, {input.size(0), input.size(1), input.size(2), input.size(3)}, input.scalar_type(), true);
-  else output = torch::stable::empty_like(input);
+  Tensor output = laid_out_like(input, input.dim() == 4 && is_channels_last(input));
   const int64_t count = input.numel();
   const bool bits = estimator == "ste" && !scaled;
   Tensor inside = torch::stable::new_empty(input, {bits ? (count + 7) / 8 : 0}, ScalarType::Byte);
@@ -167,8 +170,9 @@ void scaled_gradient(Sign task, const Tensor& input, const Tensor& statistics) {
       [&](int64_t n, int64_t first, int64_t end) { kernels.gradient(of_sample<T>(task, n), all[n], first, end); });
 }
 
-Tensor backward(const Tensor& given_grad, const Maybe& given_input, const Maybe& given_inside, const Maybe& given_statistics,
-                bool channels_last, std::string estimator, double o, double t, double interval) {
+Tensor backward(const Tensor& given_grad, const Maybe& given_input, const Maybe& given_inside,
+                const Maybe& given_statistics, bool channels_last, std::string estimator, double o, double t,
+                double interval) {
   const ScalarType dtype = given_grad.scalar_type();
   STD_TORCH_CHECK(given_grad.is_cpu() && is_floating(dtype), "grad_output must be a floating CPU tensor");
   STD_TORCH_CHECK(!channels_last || given_grad.dim() == 4, "channels_last must be of four dimensions");
@@ -177,8 +181,7 @@ Tensor backward(const Tensor& given_grad, const Maybe& given_input, const Maybe&
   };
   const Tensor grad = arranged(given_grad);
   const int64_t count = grad.numel();
-  Tensor output = channels_last ? new_map(grad, {grad.size(0), grad.size(1), grad.size(2), grad.size(3)}, dtype, true)
-                                : torch::stable::empty_like(grad);
+  Tensor output = laid_out_like(grad, channels_last);
   Tensor input, inside, statistics;
   if (given_input) {
     bool fits = given_input->is_cpu() && given_input->scalar_type() == dtype && given_input->dim() == grad.dim();

@@ -124,7 +124,8 @@ static void masked_range(const Sign& task, int64_t first, int64_t end) {
     uint32_t bits = task.given_inside[i / 8];
     if constexpr (lanes > 8) bits |= count > 8 ? static_cast<uint32_t>(task.given_inside[i / 8 + 1]) << 8 : 0;
     if constexpr (lanes < 8) bits >>= i % 8;
-    store_as<A>(output + i, from_bits<A>(bits & ((1u << lanes) - 1)) != 0 ? load_as<A>(grad + i, count) : Vec<A>{}, count);
+    const auto inside = from_bits<A>(bits & ((1u << lanes) - 1)) != 0;
+    store_as<A>(output + i, inside ? load_as<A>(grad + i, count) : Vec<A>{}, count);
   }
 }
 

@@ -26,13 +26,13 @@ TERSOR_INLINE Planes<A> pack_channels(const T* from, int64_t stride_c, const T* 
   return planes;
 }
 
-// One word of the pixels [first, end) of an image whose pixels lie side by side.
+// One word of all pixels of an image whose pixels lie side by side.
 template <class T, class A>
-TERSOR_INLINE void pack_pixels(const T* from, int64_t stride_c, const T* shift, int channels, int64_t first, int64_t end,
+TERSOR_INLINE void pack_pixels(const T* from, int64_t stride_c, const T* shift, int channels, int64_t pixels,
                                int64_t* positive, int64_t* nonzero, int64_t step) {
   constexpr int lanes = Simd<A>::lanes, bits = 8 * sizeof(A);
-  for (int64_t p = first; p < end; p += lanes) {
-    const int count = static_cast<int>(std::min<int64_t>(lanes, end - p));
+  for (int64_t p = 0; p < pixels; p += lanes) {
+    const int count = static_cast<int>(std::min<int64_t>(lanes, pixels - p));
     uint64_t words[2][lanes] = {};
     for (int c = 0; c < channels; c += bits) {
       const T* const add = shift == nullptr ? nullptr : shift + c;
@@ -89,7 +89,7 @@ static void pack_units(const Map& map, bool by_pixel, int64_t first, int64_t end
         }
       } else {
         int64_t* const to = map.words + n * map.pixels() * step + w;
-        pack_pixels<T, A>(from, map.stride_c, add, channels, 0, map.pixels(), to, to + map.plane(), step);
+        pack_pixels<T, A>(from, map.stride_c, add, channels, map.pixels(), to, to + map.plane(), step);
       }
     }
   }

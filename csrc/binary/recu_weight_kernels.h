@@ -49,7 +49,8 @@ static void filter_gradients(const Filters& task, int64_t begin, int64_t end) {
     const T* const weight = static_cast<const T*>(task.weight) + o * task.size;
     const T* const grad = static_cast<const T*>(task.grad_output) + o * task.size;
     T* const output = static_cast<T*>(task.output) + o * task.size;
-    const A mean = static_cast<const A*>(task.statistics)[2 * o], rstd = static_cast<const A*>(task.statistics)[2 * o + 1];
+    const A* const kept = static_cast<const A*>(task.statistics) + 2 * o;
+    const A mean = kept[0], rstd = kept[1];
     const A scale = static_cast<A>(LAPLACE_SCALE), bound = static_cast<A>(task.bound);
     // Gradients of clamped weights are left out.
     const auto passed = [&](Vec<A> x, Vec<A> g) {

@@ -79,9 +79,8 @@ def convert_(model: nn.Module, fuse: bool = True) -> nn.Module:
             a binary convolution alone takes its output. What belongs together is known of neighbours in a
             ``torch.nn.Sequential`` (convolution, maybe ReLU, ``BatchNorm2d``, maybe ``Hardtanh``), and of modules with
             a method ``binary_steps()`` that yields :class:`BinaryStep` tuples and whose forward pass goes through
-            :func:`binary_step`. The output then differs from that of ``model.eval()`` by float32 roundings, except that
-            bits are the same; see :class:`PackedBinaryConv2d`. A layer that the model holds in several places keeps
-            its neighbours.
+            :func:`binary_step`. How exact that is, :class:`PackedBinaryConv2d` says. A layer that the model holds in
+            several places keeps its neighbours.
 
     Returns:
         ``model``; or its replacement, if it is a binary layer itself. To load a converted model's state dict, convert
