@@ -139,10 +139,11 @@ print(tersor.backends()[0].refused["triton"])
     assert done.stdout.strip() == "triton is not installed", done.stderr
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(tmp_path: Path) -> None:
     """No driver, no Triton, no plotting; and at most 150 ms more than torch itself.
 
-    Of processor time, best of three: other tests run at the same time.
+    Of processor time, best of three: other tests run at the same time. As installed, that is from compiled bytecode,
+    which the first run writes, whatever the environment says of that.
     """
     code = """
 import sys, time
@@ -157,7 +158,8 @@ assert not heavy, heavy
 assert not torch.cuda.is_initialized()
 print(seconds)
 """
-    best = min(float(python(code).stdout) for _ in range(3))
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    best = min(float(python(code, **compiled).stdout) for _ in range(3))
     assert best < 0.150
 
 

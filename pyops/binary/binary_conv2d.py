@@ -199,6 +199,8 @@ class _BinaryConv2d(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         options = (ctx.channels, *ctx.window, ctx.groups, ctx.channels_last, *ctx.needs_input_grad[:3])
+        if grad_output.dtype == torch.float16 and grad_output.device.type == "cpu":
+            grad_output = grad_output.float()  # torch's convolution would round the sums behind the scale's gradient
         *signs, scale = ctx.saved_tensors
         scale = scale if scale is None else scale.to(grad_output.dtype)  # under autocast that is another
         grads = _backward(grad_output, *signs, scale, *options)

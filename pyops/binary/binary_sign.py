@@ -148,7 +148,7 @@ def _reference_backward(
         return torch.where(mask, grad_output, 0).contiguous(memory_format=format)
     rule = Estimator(estimator, o, t, interval)
     dtype = accumulate_dtype(input.dtype)
-    grad, exact = grad_output.to(dtype), input.to(dtype)
+    grad, exact = (t.to(dtype).contiguous(memory_format=format) for t in (grad_output, input))
     if statistics is None:  # compared in the input's own dtype
         rounded = [torch.tensor(v, dtype=input.dtype).item() for v in (t, interval)]
         slope = rule._replace(t=rounded[0], interval=rounded[1]).derivative(exact.abs())
