@@ -35,10 +35,8 @@ METHODS = tuple(LAYERS)
 BLOCKS = {"bireal": resnet20_bireal_reste, "recu": resnet20_recu}
 MOMENTUM = 0.9
 WARM_UP = 0.05  # share of the steps
-# The rest of the recipe was chosen on validation patches alone, by one other seed's runs of 10 epochs of 100 steps, and
-# as one for all: by the mean accuracy of the four methods. At the rate 0.1 and a decay of 1e-4 it was 58.1 % in Bi-Real
-# Net's blocks and 39.3 % in ReCU's, each method being better in the former (by 13 to 26 %; ReCU 63.4 against 43.2).
-# There, rates of 0.03 and 0.3 gave 54.3 and 58.2 %, and 0.1 with a decay of 5e-4 58.9 %.
+# Block, rate and decay were chosen on validation patches alone, by one other seed's runs of 10 epochs of 100 steps, and
+# as one for all: by the mean accuracy of the four methods (``--part validation`` with the options does it again).
 ROUNDING = 1e-3  # logits that differ by more had a sign that fell otherwise; the others differ by some 1e-6
 
 

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "arena.h"
+#include "window.h"
 
 #define TERSOR_BODY "binary/binary_packed_conv2d_kernels.h"
 #include "foreach_isa.h"
@@ -18,7 +19,6 @@ namespace {
 
 constexpr int64_t CACHE = 256 << 10;             // bytes of a padded copy
 constexpr int64_t MOST_SCRATCH = int64_t{2} << 30;
-constexpr int64_t MOST_SIZE = int64_t{1} << 20;  // of a stride, padding or dilation: products stay within 64 bits
 constexpr int64_t MOST_TERMS = int64_t{1} << 23;
 
 bool has_word_counts() {
@@ -32,15 +32,9 @@ bool has_word_counts() {
 #endif
 }
 
-void check_sizes(const Sizes& pair, int64_t least, const char* name) {
-  STD_TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) <= MOST_SIZE,
-                  name, " must be two numbers from ", least, " to ", MOST_SIZE);
-}
-
 // The sizes of the problem, with all that protects memory checked.
 Task make_task(const Tensor& signs, const Weight& weight, int64_t channels, const Sizes& stride, const Sizes& padding,
                const Sizes& dilation) {
-  check_sizes(stride, 1, "stride"), check_sizes(padding, 0, "padding"), check_sizes(dilation, 1, "dilation");
   const Tensor &blocks = weight.blocks, &sums = weight.sums;
   STD_TORCH_CHECK(blocks.dim() == 7 && blocks.is_cpu() && blocks.scalar_type() == ScalarType::Long &&
                       blocks.size(6) == BLOCK && (blocks.size(0) == 1 || blocks.size(0) == 2) && blocks.size(1) > 0 &&
@@ -59,17 +53,7 @@ Task make_task(const Tensor& signs, const Weight& weight, int64_t channels, cons
   STD_TORCH_CHECK(task.blocks == (task.outputs + BLOCK - 1) / BLOCK, "weight must have a block for 8 outputs each");
   task.kernel_h = sums.size(1), task.kernel_w = sums.size(2);
   STD_TORCH_CHECK(channels * task.taps() <= MOST_TERMS, "a sum must have at most 2^23 terms");
-  task.stride_h = stride[0], task.stride_w = stride[1], task.padding_h = padding[0], task.padding_w = padding[1];
-  task.dilation_h = dilation[0], task.dilation_w = dilation[1];
-  task.out_height = task.height + 2 * task.padding_h - task.dilation_h * (task.kernel_h - 1) - 1;
-  task.out_width = task.width + 2 * task.padding_w - task.dilation_w * (task.kernel_w - 1) - 1;
-  STD_TORCH_CHECK(task.out_height >= 0 && task.out_width >= 0, "input must be at least as large as the window");
-  task.out_height = task.out_height / task.stride_h + 1, task.out_width = task.out_width / task.stride_w + 1;
-  // Of a single output row, and of a single tap, any will do; large ones would take memory.
-  if (task.out_height == 1) task.stride_h = 1;
-  if (task.out_width == 1) task.stride_w = 1;
-  if (task.kernel_h == 1) task.dilation_h = 1;
-  if (task.kernel_w == 1) task.dilation_w = 1;
+  set_window(task, stride, padding, dilation);
   task.signs = static_cast<const int64_t*>(signs.const_data_ptr()), task.signs_plane = signs.numel() / 2;
   task.weight = static_cast<const int64_t*>(blocks.const_data_ptr());
   task.weight_planes = blocks.size(0), task.weight_plane = blocks.numel() / blocks.size(0);

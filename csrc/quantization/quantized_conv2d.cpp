@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "window.h"
 
 namespace tersor::quantized_conv2d {
 
@@ -101,7 +102,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t CACHE = 512 << 10;  // bytes of the level-2 cache that a band's codes may fill
 constexpr int64_t MOST_SCRATCH = int64_t{2} << 30;
-constexpr int64_t MOST_SIZE = int64_t{1} << 20;  // of a stride, padding or dilation: products stay within 64 bits
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -155,17 +155,11 @@ std::vector<Quantizer> quantizers(const Tensor& lower, const Tensor& upper, int6
   return all;
 }
 
-void check_sizes(const std::vector<int64_t>& pair, int64_t least, const char* name) {
-  STD_TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) <= MOST_SIZE,
-                  "quantized_conv2d: ", name, " must be two numbers from ", least, " to ", MOST_SIZE);
-}
-
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // The sizes of the problem, with all that protects memory checked.
 Task make_task(const Tensor& input, const Tensor& weight, const Tensor& sums, const std::vector<int64_t>& stride,
                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  check_sizes(stride, 1, "stride"), check_sizes(padding, 0, "padding"), check_sizes(dilation, 1, "dilation");
   STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu(), "input must be a CPU tensor (N, C, H, W)");
   STD_TORCH_CHECK(weight.dim() == 7 && weight.is_cpu() && weight.scalar_type() == ScalarType::Char &&
                       weight.size(5) == BLOCK && weight.size(6) == RUN,
@@ -185,17 +179,7 @@ Task make_task(const Tensor& input, const Tensor& weight, const Tensor& sums, co
                       task.blocks * BLOCK == round_up(task.out_channels, BLOCK),
                   "weight must have blocks for the channels of input and weight_sums");
   STD_TORCH_CHECK(task.in_channels * task.taps <= 65536, "weight must have at most 65536 codes per output channel");
-  task.stride_h = stride[0], task.stride_w = stride[1], task.padding_h = padding[0], task.padding_w = padding[1];
-  task.dilation_h = dilation[0], task.dilation_w = dilation[1];
-  task.out_height = task.height + 2 * task.padding_h - task.dilation_h * (task.kernel_h - 1) - 1;
-  task.out_width = task.width + 2 * task.padding_w - task.dilation_w * (task.kernel_w - 1) - 1;
-  STD_TORCH_CHECK(task.out_height >= 0 && task.out_width >= 0, "input must be at least as large as the window");
-  task.out_height = task.out_height / task.stride_h + 1, task.out_width = task.out_width / task.stride_w + 1;
-  // Of a single output row, and of a single tap, any will do; large ones would take memory.
-  if (task.out_height == 1) task.stride_h = 1;
-  if (task.out_width == 1) task.stride_w = 1;
-  if (task.kernel_h == 1) task.dilation_h = 1;
-  if (task.kernel_w == 1) task.dilation_w = 1;
+  set_window(task, stride, padding, dilation);
   return task;
 }
 

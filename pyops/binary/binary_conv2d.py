@@ -13,6 +13,7 @@ from tersor._batching import one_by_one
 from tersor._checks import as_int, check_floating, check_window
 from tersor._operator import call_function, operator
 from tersor._window import check_fits, empty_output, is_channels_last, output_sizes
+from tersor.binary.binary_packed_conv2d import MOST_TERMS
 from tersor.binary.pack_signs import _pack_signs
 from tersor.binary.unpack_signs import _unpack_signs
 
@@ -60,7 +61,7 @@ def binary_conv2d(
             f"{name}: weight must be (O, {inputs}, KH, KW), not empty, with O a multiple of {groups}, "
             f"got shape {tuple(weight.shape)}"
         )
-    if inputs * weight.shape[2] * weight.shape[3] > 2**23:
+    if inputs * weight.shape[2] * weight.shape[3] > MOST_TERMS:
         raise ValueError(
             f"{name}: weight must have at most 2^23 weights for an output, got shape {tuple(weight.shape)}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tersor.binary.recu_weight import check_tau, recu_weight
 SCALES = ("layer", "channel")
 
 
-class BinaryLayer:
+class BinaryLayer(abc.ABC):
     """What the layers share, and packing needs to know: how whole numbers become the layer's output."""
 
     weight: Tensor
@@ -31,15 +32,13 @@ class BinaryLayer:
         """Of which the signs are taken, as they are in evaluation."""
         return self.weight
 
+    @abc.abstractmethod
     def rescale(self, sums: Tensor) -> Tensor:
         """The layer's output for sums of signs ``(N, O, ...)``."""
-        factor, addend = self.affine()
-        trailing = (1,) * (sums.dim() - 2)
-        return sums * factor.view(-1, *trailing) + addend.view(-1, *trailing)
 
+    @abc.abstractmethod
     def affine(self) -> tuple[Tensor, Tensor]:
         """:meth:`rescale` as a factor and an addend, each ``(O,)``."""
-        raise NotImplementedError
 
 
 class _Scaled(BinaryLayer):

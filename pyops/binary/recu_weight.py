@@ -79,6 +79,7 @@ def as_tau(where: str, tau: Any, device: torch.device) -> Tensor:
 
 
 def check_tau(where: str, tau: Any) -> float:
+    """The quantile as a float; raises unless it is a number above 0.5 and at most 1."""
     if isinstance(tau, bool) or not isinstance(tau, (int, float)):
         raise TypeError(f"{where}: tau must be a number, got {type(tau).__name__}")
     if not 0.5 < tau <= 1:
