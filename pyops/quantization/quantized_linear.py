@@ -65,9 +65,9 @@ def multiply(
     rows = math.prod(input.shape[:-1])
     if not rows:
         return input.new_empty((*input.shape[:-1], weight.sums.shape[0]))
-    # A row is a position of an image one column wide, whose channels lie side by side.
-    points = input.reshape(samples, rows // samples, weight.channels).permute(0, 2, 1).unsqueeze(3)
+    # A row is a position of an image one line high: the kernel takes several positions of a line at once.
+    points = input.reshape(samples, rows // samples, weight.channels).permute(0, 2, 1).unsqueeze(2)
     lower, upper = (b if b.numel() == 1 else b.reshape(-1, 1, 1, 1) for b in (lower, upper))
     window = ((1, 1), (0, 0), (1, 1))
     output = convolve(name, points, weight, lower, upper, bits, *window, relu=relu, channels_last=True)
-    return output.squeeze(3).permute(0, 2, 1).reshape(*input.shape[:-1], -1)
+    return output.squeeze(2).permute(0, 2, 1).reshape(*input.shape[:-1], -1)
