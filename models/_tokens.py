@@ -156,6 +156,8 @@ class TokenBlock(nn.Module):
 class PatchEmbedding(nn.Module):
     """Square patches to tokens: ``(B, in_chans, H, W)`` to ``(B, H W / patch_size^2, dim)``, row by row."""
 
+    weights_read_directly = ("proj",)  # for tersor.compress
+
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)

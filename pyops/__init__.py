@@ -1,6 +1,6 @@
 """tersor: fused operators for efficient vision models, on CPUs and NVIDIA GPUs."""
 
-from tersor import _backends
+from tersor import _backends, compress
 from tersor._backends import backends, use_backend
 from tersor._folding import fold_norms_
 from tersor.attention import (
@@ -121,6 +121,7 @@ __all__ = [
     "class_attention_qkvpacked",
     "class_scores",
     "compact_unsure",
+    "compress",
     "dilated_attention",
     "dilated_attention_qkvpacked",
     "dynamic_gate",

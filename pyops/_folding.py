@@ -49,7 +49,7 @@ class ChannelAffine(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        for name, tensor in zip(("scale", "shift"), _affine(norm), strict=True):
+        for name, tensor in zip(("scale", "shift"), norm_affine(norm), strict=True):
             self.register_buffer(name, tensor.to(norm.running_mean.dtype))  # type: ignore[arg-type]
         self.eval()
 
@@ -64,7 +64,7 @@ def fold_into_previous_(layers: nn.Sequential, conv_index: int, norm_index: int)
     if isinstance(norm, nn.Identity):
         return
     assert isinstance(conv, nn.Conv2d)
-    scale, shift = _affine(norm)
+    scale, shift = norm_affine(norm)
     bias = 0 if conv.bias is None else conv.bias.double()
     _replace(conv, conv.weight.double() * scale[:, None, None, None], bias * scale + shift)
     layers[norm_index] = nn.Identity().eval()
@@ -79,7 +79,7 @@ def fold_into_next_(layers: nn.Sequential, norm_index: int, conv: nn.Module) -> 
     assert isinstance(conv, nn.Conv2d)
     assert conv.groups == 1
     assert not any(conv.padding)
-    scale, shift = _affine(norm)
+    scale, shift = norm_affine(norm)
     weight = conv.weight.double()
     bias = 0 if conv.bias is None else conv.bias.double()
     _replace(conv, weight * scale[:, None, None], weight.sum((2, 3)) @ shift + bias)
@@ -87,7 +87,7 @@ def fold_into_next_(layers: nn.Sequential, norm_index: int, conv: nn.Module) -> 
 
 
 @torch.no_grad()
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift of each channel, in float64."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None

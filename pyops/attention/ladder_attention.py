@@ -173,6 +173,8 @@ class MlpLight(nn.Module):
             have nothing to average.
     """
 
+    weights_read_directly = ("conv",)  # for tersor.compress
+
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.dim = dim
@@ -294,6 +296,8 @@ class LadderBlock(nn.Module):
     Source: Wu et al., "PSLT: A Light-Weight Vision Transformer With Ladder Self-Attention and Progressive Shift",
     arXiv 2304.03481.
     """
+
+    weights_read_directly = ("se", "pointconv")  # for tersor.compress
 
     def __init__(
         self,

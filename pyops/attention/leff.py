@@ -91,6 +91,8 @@ class LeFF(nn.Module):
     Source: arXiv 2106.03106. ``state_dict``: ``linear1.0``, ``dwconv.0`` and ``linear2.0``.
     """
 
+    weights_read_directly = ("linear1", "dwconv", "linear2")  # for tersor.compress
+
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         for key, size in (("dim", dim), ("hidden_dim", hidden_dim)):

@@ -1,7 +1,7 @@
 """N:M sparsity: training by learned combinations (LBC) or magnitudes (SR-STE), and packed weights for inference."""
 
 from tersor.sparsity.functional import nm_conv2d, nm_linear, srste_conv2d, srste_linear
-from tersor.sparsity.layers import NMConv2d, NMLinear, NMSchedule, SrSte
+from tersor.sparsity.layers import NMConv2d, NMLinear, NMSchedule, NMScores, SrSte
 from tersor.sparsity.nm_matmul import nm_matmul
 from tersor.sparsity.nm_pack import nm_pack
 from tersor.sparsity.nm_packed_conv2d import nm_packed_conv2d
@@ -18,6 +18,7 @@ __all__ = [
     "NMConv2d",
     "NMLinear",
     "NMSchedule",
+    "NMScores",
     "PackedNMConv2d",
     "PackedNMLinear",
     "SrSte",

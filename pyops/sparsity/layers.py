@@ -16,20 +16,18 @@ from tersor.sparsity.nm_sparsify import nm_sparsify
 from tersor.sparsity.srste_sparsify import srste_sparsify
 
 
-class _Nm:
-    """What the layers add to torch's: scores and table, under their published names."""
+class _Scores:
+    """Scores of every way to keep n of m, of which the alive ones say what stays; a part of a module."""
 
-    weight: Tensor
+    alpha: Tensor
 
-    def _configure(self, n: int, m: int) -> None:
+    def _configure_scores(self, weight: Tensor, n: int, m: int) -> None:
         name = type(self).__name__
         self.n, self.m = check_pattern(name, n, m)
-        groups, combinations = check_groups(name, self.weight.shape, self.m), math.comb(self.m, self.n)
+        groups, combinations = check_groups(name, weight.shape, self.m), math.comb(self.m, self.n)
         start = 1 / math.comb(self.m - 1, self.n - 1)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.alpha = nn.Parameter(torch.full((groups, combinations), start, dtype=dtype, device=self.weight.device))
-        table = nm_combinations(self.n, self.m).to(self.weight.device)
-        nn.Module.register_buffer(self, "index_list", table)  # type: ignore[arg-type]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.alpha = nn.Parameter(torch.full((groups, combinations), start, dtype=dtype, device=weight.device))
         self._mask: tuple[Tensor, int] | None = None
 
     def remove_(self, k: int) -> None:
@@ -37,15 +35,50 @@ class _Nm:
         mask = nm_remove_(self.alpha, k, self.n, self.m)
         self._mask = mask, self.alpha._version
 
-    def sparse_weight(self) -> Tensor:
-        """The weight with its removed positions set to zero."""
+    def _sparsify(self, weight: Tensor) -> Tensor:
         mask = None
         if not torch.compiler.is_compiling() and self._mask is not None:
             if self._mask[1] == self.alpha._version and self._mask[0].device == self.alpha.device:
                 mask = self._mask[0]
             else:
                 self._mask = None  # the scores have changed since
-        return nm_sparsify(self.weight, self.alpha, self.n, self.m, mask)
+        return nm_sparsify(weight, self.alpha, self.n, self.m, mask)
+
+
+class NMScores(_Scores, nn.Module):
+    """:func:`nm_sparsify` with its scores as a parametrization, for ``torch.nn.utils.parametrize``.
+
+    Args:
+        weight: for its shape, dtype and device.
+        n, m: 1 <= n < m <= 16; m divides the number of weights.
+
+    Source: Zhang et al., arXiv 2206.06662.
+    """
+
+    def __init__(self, weight: Tensor, n: int = 2, m: int = 4) -> None:
+        super().__init__()
+        self._configure_scores(weight, n, m)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self._sparsify(weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+class _Nm(_Scores):
+    """What the layers add to torch's: scores and table, under their published names."""
+
+    weight: Tensor
+
+    def _configure(self, n: int, m: int) -> None:
+        self._configure_scores(self.weight, n, m)
+        table = nm_combinations(self.n, self.m).to(self.weight.device)
+        nn.Module.register_buffer(self, "index_list", table)  # type: ignore[arg-type]
+
+    def sparse_weight(self) -> Tensor:
+        """The weight with its removed positions set to zero."""
+        return self._sparsify(self.weight)
 
 
 class NMLinear(_Nm, nn.Linear):
@@ -125,7 +158,7 @@ class NMSchedule:
         schedule.finish()
 
     Args:
-        model: with :class:`NMLinear` or :class:`NMConv2d` layers.
+        model: with :class:`NMLinear` or :class:`NMConv2d` layers, or parametrizations :class:`NMScores`.
         final_epoch: from which on one combination is left, see :func:`nm_schedule`.
         power: of the schedule; 3 for the published ResNets, 4 for DeiT.
         freeze: from ``final_epoch`` on the scores get no gradient, as in the published ResNets (not in DeiT). Their
@@ -136,7 +169,7 @@ class NMSchedule:
     """
 
     def __init__(self, model: nn.Module, final_epoch: int, power: int = 3, freeze: bool = True) -> None:
-        self.layers = [m for m in model.modules() if isinstance(m, (NMLinear, NMConv2d))]
+        self.layers = [m for m in model.modules() if isinstance(m, (NMLinear, NMConv2d, NMScores))]
         if not self.layers:
             raise ValueError(f"NMSchedule: model must hold N:M layers, got {type(model).__name__} without one")
         nm_schedule(0, 2, final_epoch, power)  # which checks both

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor._checks import check_window
-from tersor.sparsity.layers import NMConv2d, NMLinear, SrSte
+from tersor.sparsity.layers import NMConv2d, NMLinear, NMScores, SrSte
 from tersor.sparsity.nm_matmul import check_activation, nm_matmul
 from tersor.sparsity.nm_pack import check_index, nm_pack
 from tersor.sparsity.nm_packed_conv2d import nm_packed_conv2d
@@ -202,9 +202,10 @@ def convert_(model: nn.Module, fold_norms: bool = False) -> nn.Module:
     """Replaces the N:M layers of a trained model, in place, by packed ones for inference.
 
     These are the :class:`NMLinear` and :class:`NMConv2d` layers, after :meth:`NMSchedule.finish`, and linear layers
-    and convolutions with the parametrization :class:`SrSte`. A convolution whose groups straddle kernel positions
-    cannot be packed (m does not divide its input channels), nor one that pads otherwise than with as many zeros on
-    either side: it becomes a ``torch.nn.Conv2d`` with the zeros in its weight, and so does such a linear layer.
+    and convolutions with the parametrization :class:`SrSte` or :class:`NMScores`. A convolution whose groups straddle
+    kernel positions cannot be packed (m does not divide its input channels), nor one that pads otherwise than with as
+    many zeros on either side: it becomes a ``torch.nn.Conv2d`` with the zeros in its weight, and so does such a linear
+    layer.
 
     To load a converted model's state dict, convert a model of the same architecture in the same way and load it there.
 
@@ -235,7 +236,7 @@ def convert_(model: nn.Module, fold_norms: bool = False) -> nn.Module:
     if not replacements:
         raise ValueError(f"convert_: model must hold an N:M layer, got {type(model).__name__} without one")
     if fold_norms:
-        for layer, norm, relu in list(_norm_pairs(model)):
+        for layer, norm, relu in list(norm_pairs(model)):
             packed = replacements.get(id(layer))
             if isinstance(packed, PackedNMConv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
                 packed.fold_(norm, relu is not None)
@@ -247,7 +248,7 @@ def convert_(model: nn.Module, fold_norms: bool = False) -> nn.Module:
     return replacements.get(id(model), model)
 
 
-def _norm_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | bool | None]]:
+def norm_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | bool | None]]:
     """Each convolution with its norm, and the ReLU after that: a module, True for one in a forward pass, or None."""
     for module in model.modules():
         if callable(pairs := getattr(module, "norm_pairs", None)):
@@ -266,7 +267,7 @@ def _pattern(layer: nn.Module) -> tuple[int, int] | None:
         return layer.n, layer.m
     if parametrize.is_parametrized(layer, "weight"):
         last = list(layer.parametrizations["weight"])[-1]  # type: ignore[index]
-        return (last.n, last.m) if isinstance(last, SrSte) else None
+        return (last.n, last.m) if isinstance(last, (SrSte, NMScores)) else None
     return None
 
 

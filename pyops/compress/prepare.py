@@ -1,0 +1,420 @@
+"""From any model to one that trains compressed: replacing layers, first bounds, and one step of all schedules."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tersor._checks import as_int
+from tersor.binary.layers import BinaryConv2d, BinaryLinear, ReCUConv2d
+from tersor.binary.schedules import recu_tau, reste_o
+from tersor.compress.attention import SWIN, window_attention_of
+from tersor.compress.layers import CompressedLayer, compressed
+from tersor.compress.quantizers import FreezingWeight, InputBounds, LsqWeight
+from tersor.compress.recipe import Recipe, as_recipe
+from tersor.compress.transforms import Binarize, FakeQuantize, NMSparse, Transform, WindowAttentionByIndex
+from tersor.sparsity.nm_remove import nm_remove_
+from tersor.sparsity.nm_schedule import nm_schedule
+
+NAME = "compression"  # of the module that prepare_ adds to a model
+
+
+class Compression(nn.Module):
+    """What a prepared model keeps about its compression; :func:`prepare_` adds it under the name ``compression``.
+
+    Args:
+        recipe: of the model.
+        steps: of the training.
+        applied: what was done to which layer.
+        skipped: layers that a rule matched and that stay as they are, with the reason.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, recipe: Recipe, steps: int, applied: dict[str, tuple[Transform, ...]], skipped: dict[str, str]
+    ) -> None:
+        super().__init__()
+        self.recipe, self.steps, self.applied, self.skipped = recipe, steps, applied, skipped
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.done = 0  # step on the host, so that no call waits for a GPU
+        self.converted = False
+        self.folded: dict[str, str] = {}  # convolutions, and the norms that convert_ multiplied into them
+        self.register_load_state_dict_post_hook(_read_step)
+
+    def convert(self, folded: dict[str, str]) -> None:
+        """The model has been converted: there are no steps any more."""
+        self.converted, self.folded = True, folded
+        del self.step
+
+    def extra_repr(self) -> str:
+        state = "converted" if self.converted else f"step {self.done} of {self.steps}"
+        return f"{len(self.applied)} layers, {state}"
+
+
+def _read_step(module: Any, incompatible: Any) -> None:
+    module.done = module.done if module.converted else int(module.step)
+
+
+def prepare_(model: nn.Module, recipe: Any, steps: int = 1) -> nn.Module:
+    """Replaces layers of a model, in place, by ones that train compressed.
+
+    Convolutions (``torch.nn.Conv2d``) and linear layers become :class:`CompressedConv2d` and :class:`CompressedLinear`,
+    or with :class:`Binarize` :class:`tersor.ReCUConv2d` and its like. They hold the same parameters, so an optimiser of
+    the model stays valid for these, and a checkpoint of the unprepared model still loads with ``strict=False``.
+
+    Then, in this order::
+
+        compress.prepare_(model, recipe, steps=epochs * len(loader))
+        compress.calibrate_(model, images)  # where inputs are quantised
+        optimizer = torch.optim.SGD(compress.parameter_groups(model, weight_decay=1e-4), lr=0.1)
+        for images, labels in loader:
+            ...
+            optimizer.step()
+            compress.step(model)
+        compress.convert_(model.eval())
+
+    All that a run needs to resume is in the state dict: prepare a model in the same way and load it there.
+
+    Args:
+        model: any; a layer that it holds in several places stays one. Before it is wrapped for distributed training.
+        recipe: a :class:`Recipe`, a :class:`Rule`, a transform, or several rules or transforms.
+        steps: calls of :func:`step` in the training, by which the schedules go.
+
+    Returns:
+        ``model``; or its replacement, if it is such a layer itself.
+
+    Raises:
+        TypeError: an argument is not of the stated type.
+        ValueError: the recipe matches no layer, or a name without wildcards is no layer's or one's that cannot take the
+            transforms; or the model is prepared already. Nothing has been changed then.
+    """
+    name = "prepare_"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
+    recipe = as_recipe(name, recipe)
+    if as_int(name, steps=steps) < 1:
+        raise ValueError(f"{name}: steps must be at least 1, got {steps}")
+    if any(isinstance(module, Compression) for module in model.modules()):
+        raise ValueError(f"{name}: model must not be prepared yet, got one that is")
+    if hasattr(model, NAME):
+        raise ValueError(f"{name}: model must have no attribute {NAME!r}, got {type(model).__name__} with one")
+    plan = _plan(model, recipe)
+    for attention in (True, False):  # attention first: its projections then are layers like others
+        chosen = [place for place in plan.places if attention == _is_attention(place.transforms)]
+        replacements = {id(place.module): _replacement(place.module, place.transforms) for place in chosen}
+        for parent in list(model.modules()):
+            for child, module in parent._modules.items():
+                parent._modules[child] = replacements.get(id(module), module)
+        model = replacements.get(id(model), model)
+    applied = {place.name: place.transforms for place in plan.places}
+    model.add_module(NAME, Compression(recipe, steps, applied, plan.skipped))
+    for module in model.modules():
+        if isinstance(module, CompressedLayer) and module.freezing is not None:
+            assert isinstance(module.quantize_weight, FreezingWeight)
+            module.quantize_weight.schedule = module.freezing.schedule(steps)
+    _set_progress(model, model.get_submodule(NAME))
+    return model
+
+
+class _Place(NamedTuple):
+    name: str
+    module: nn.Module
+    transforms: tuple[Transform, ...]
+
+
+class _Plan(NamedTuple):
+    places: list[_Place]
+    skipped: dict[str, str]
+
+
+def _plan(model: nn.Module, recipe: Recipe) -> _Plan:
+    """Which layers get what; raises where a rule asks for what cannot be."""
+    modules = {name or type(model).__name__: module for name, module in model.named_modules()}
+    layers = [name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    ends = {*(layers[:1] if recipe.skip_first else ()), *(layers[-1:] if recipe.skip_last else ())}
+    ends = ends if len(layers) > 1 else set()
+    replaced = {
+        id(module)
+        for name, module in modules.items()
+        if _is_swin(module) and (rule := recipe.rule_for(name, module)) and _is_attention(rule.transforms)
+    }
+    hidden = dict(_read_directly(model, replaced))
+    places, skipped = [], {}
+    for name, module in modules.items():
+        rule = recipe.rule_for(name, module)
+        if rule is None or not _is_candidate(module, rule.transforms):
+            continue
+        named = name in rule.exact_names
+        if name in ends and not named:
+            skipped[name] = "the first or last layer"
+            continue
+        reason = hidden.get(id(module)) or _refusal(module, rule.transforms)
+        if reason and named:
+            raise ValueError(f"prepare_: {name}: {reason}")
+        if reason:
+            skipped[name] = reason
+        else:
+            places.append(_Place(name, module, rule.transforms))
+    _check_found(recipe, modules, places, skipped)
+    return _Plan(places, skipped)
+
+
+def _is_attention(transforms: tuple[Transform, ...]) -> bool:
+    return isinstance(transforms[0], WindowAttentionByIndex)
+
+
+def _is_swin(module: nn.Module) -> bool:
+    return type(module).__name__ in SWIN
+
+
+def _is_candidate(module: nn.Module, transforms: tuple[Transform, ...]) -> bool:
+    if _is_attention(transforms):
+        return _is_swin(module)
+    return isinstance(module, (nn.Conv2d, nn.Linear))
+
+
+def _refusal(module: Any, transforms: tuple[Transform, ...]) -> str:
+    """Why the layer cannot take the transforms; empty if it can."""
+    if _is_attention(transforms):
+        return window_attention_of(module)[1]
+    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    if type(module).forward is not kind.forward:
+        return f"{type(module).__name__} computes in its own way"
+    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+        return "its weight is parametrized"
+    if not module.weight.is_floating_point() or not module.weight.numel():
+        return f"its weight must be floating point and not empty, it is {module.weight.dtype}"
+    for transform in transforms:
+        if isinstance(transform, NMSparse):
+            inputs = module.weight.shape[1]
+            if inputs % transform.m:
+                return f"{transform.m} does not divide its {inputs} inputs{' per group' if kind is nn.Conv2d else ''}"
+        if isinstance(transform, FakeQuantize) and kind is nn.Conv2d:
+            border = module._reversed_padding_repeated_twice
+            if border[0] != border[1] or border[2] != border[3]:
+                return "its padding differs between the sides, which the packed kernels do not do"
+        if isinstance(transform, Binarize):
+            if transform.method == "recu" and kind is nn.Linear:
+                return "ReCU is for convolutions"
+            if kind is nn.Conv2d and module.padding_mode != "zeros":
+                return f"a binary convolution pads with zeros, this one has padding_mode {module.padding_mode!r}"
+    return ""
+
+
+def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, str]]:
+    """Layers whose weight another module, not to be replaced, computes with, so that they are never called."""
+    known = {
+        nn.MultiheadAttention: ("out_proj",),
+        nn.TransformerEncoderLayer: ("linear1", "linear2"),  # in its fast path
+    }
+    for module in model.modules():
+        names = next((names for kind, names in known.items() if isinstance(module, kind)), ())
+        if _is_swin(module) and id(module) not in replaced:
+            names = ("qkv", "proj")
+        for child in (*names, *getattr(module, "weights_read_directly", ())):
+            reason = f"{type(module).__name__} computes with its weight directly"
+            yield from ((id(each), reason) for each in module.get_submodule(child).modules())
+
+
+def _check_found(recipe: Recipe, modules: dict[str, nn.Module], places: list[_Place], skipped: dict[str, str]) -> None:
+    for rule in recipe.rules:
+        for name in rule.exact_names:
+            if name not in modules:
+                near = difflib.get_close_matches(name, modules, n=3)
+                hint = f"; near to it are {', '.join(near)}" if near else ""
+                raise ValueError(f"prepare_: recipe must name layers of the model, got {name!r}, which has none{hint}")
+            if rule is recipe.rule_for(name, modules[name]) and not _is_candidate(modules[name], rule.transforms):
+                kind = type(modules[name]).__name__
+                raise ValueError(f"prepare_: {name}: a {kind} cannot take {', '.join(map(str, rule.transforms))}")
+    for rule in recipe.rules:
+        layers = rule.layers if callable(rule.layers) else ", ".join(rule.layers)
+        if not any(rule is recipe.rule_for(name, module) for name, module in modules.items()):
+            raise ValueError(
+                f"prepare_: each rule must match a layer, got none for {layers} (layers are such as "
+                f"{', '.join(_examples(modules))})"
+            )
+    if not places:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(f"prepare_: recipe must change a layer, got one that changes none ({reasons or 'no match'})")
+
+
+def _examples(modules: dict[str, nn.Module]) -> list[str]:
+    return [name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))][:5]
+
+
+def _replacement(module: Any, transforms: tuple[Transform, ...]) -> nn.Module:
+    first = transforms[0]
+    if _is_attention(transforms):
+        made = window_attention_of(module)[0]
+        assert made is not None
+        return made
+    if isinstance(first, Binarize):
+        return _binary(module, first.method)
+    return compressed(module, transforms)
+
+
+def _binary(layer: Any, method: str) -> nn.Module:
+    """A binary layer with the parameters of a plain one."""
+    options: dict[str, Any] = {"bias": layer.bias is not None, "dtype": layer.weight.dtype, "device": "meta"}
+    made: Any
+    if isinstance(layer, nn.Linear):
+        made = BinaryLinear(layer.in_features, layer.out_features, estimator=method, scale="channel", **options)
+    else:
+        window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        sizes = (layer.in_channels, layer.out_channels, *window)
+        if method == "recu":
+            options["device"] = layer.weight.device
+            made = ReCUConv2d(*sizes, **options)
+            with torch.no_grad():  # what the weights were scaled by, so that a trained network is a good start
+                made.alpha.copy_(layer.weight.abs().mean((1, 2, 3))[:, None, None])
+        else:
+            made = BinaryConv2d(*sizes, estimator=method, scale="channel", **options)
+    made.weight, made.bias = layer.weight, layer.bias
+    return made.train(layer.training)
+
+
+def compression_of(where: str, model: nn.Module) -> Compression:
+    """The :class:`Compression` in a prepared model, also within a distributed wrapper."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    found = next((module for module in model.modules() if isinstance(module, Compression)), None)
+    if found is None:
+        raise ValueError(f"{where}: model must have been prepared by prepare_, got {type(model).__name__} that is not")
+    return found
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, *batch: Any, **more: Any) -> Any:
+    """Sets the first bounds of all inputs and weights, from one forward pass over a batch of training data.
+
+    The pass runs layer by layer on what the quantised layers before give, without a gradient, in the mode that the
+    model is in: for a trained network call ``model.eval()`` before; a new one has to be in training mode, so that norms
+    use the batch's statistics (their running ones move). In distributed training every process calls it, before the
+    model is wrapped, and takes the mean of all processes' bounds.
+
+    Args:
+        model: prepared.
+        *batch, **more: as the model takes them.
+
+    Returns:
+        The model's output.
+
+    Raises:
+        TypeError, ValueError: the model is not prepared, or a layer's forward pass did not run.
+    """
+    compression_of("calibrate_", model)
+    called: set[int] = set()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.add(id(module)))  # type: ignore[attr-defined]
+        for module in layers.values()
+    ]
+    bounds = [module for module in model.modules() if isinstance(module, InputBounds)]
+    try:
+        for module in layers.values():
+            if isinstance(module.quantize_weight, (LsqWeight, FreezingWeight)):
+                module.quantize_weight.initialize_(module.weight)
+        for each in bounds:
+            each.calibrating = True
+        output = model(*batch, **more)
+    finally:
+        for each in bounds:
+            each.calibrating = False
+        for hook in hooks:
+            hook.remove()
+    if idle := [name for name, module in layers.items() if id(module) not in called]:
+        raise ValueError(
+            f"calibrate_: every compressed layer must run in the forward pass, but {', '.join(idle[:5])} did not: the "
+            "batch does not reach it, or another module computes with its weight directly; exclude it in the recipe"
+        )
+    if bounds and dist.is_available() and dist.is_initialized():
+        stacked = torch.stack([torch.cat([each.lower, each.upper]) for each in bounds])
+        dist.all_reduce(stacked)
+        for each, mean in zip(bounds, stacked / dist.get_world_size(), strict=True):
+            each.set_(mean)
+    return output
+
+
+@torch.no_grad()
+def step(model: nn.Module) -> None:
+    """Moves every schedule of a prepared model on; once after each step of the optimiser.
+
+    Scores are removed, weights freeze, and binary layers' functions come nearer to a sign, each as the transforms say.
+    Further calls than ``steps`` of :func:`prepare_` change only what training itself changed. In distributed training
+    every process calls it; it comes to the same state everywhere, since the weights are the same.
+
+    Raises:
+        TypeError, ValueError: the model is not prepared.
+    """
+    compression = compression_of("step", model)
+    compression.done += 1
+    compression.step.fill_(compression.done)
+    _set_progress(model, compression)
+    for module in model.modules():
+        if isinstance(module, CompressedLayer) and isinstance(module.quantize_weight, FreezingWeight):
+            if module.freezing is None:
+                continue
+            if compression.done <= compression.steps:
+                module.quantize_weight.move_on(_whole(module.weight))
+            if compression.done % module.freezing.every == 0:
+                module.refresh_plan()
+
+
+def _set_progress(model: nn.Module, compression: Any) -> None:
+    """What depends on the step's number alone."""
+    done, steps = min(compression.done, compression.steps), compression.steps
+    for module in model.modules():
+        if isinstance(module, CompressedLayer) and module.scores is not None:
+            assert module.sparsity is not None
+            end = max(1, math.ceil(module.sparsity.end * steps))
+            removed = nm_schedule(done, module.scores.alpha.shape[1], end, module.sparsity.power)
+            _remove_(module.scores, removed)
+        elif isinstance(module, ReCUConv2d):
+            module.set_tau_(recu_tau(min(done, steps - 1), steps))
+        elif isinstance(module, (BinaryConv2d, BinaryLinear)):
+            module.set_o_(reste_o(min(done, steps - 1), steps))
+
+
+def _remove_(scores: Any, k: int) -> None:
+    alpha = scores.alpha
+    if hasattr(alpha, "to_local"):  # sharded by groups, of which each is one row
+        nm_remove_(alpha.to_local(), k, scores.n, scores.m)
+    else:
+        scores.remove_(k)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A sharded weight put together."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """The parameters in two groups for an optimiser: matrices and kernels, and all that should not decay.
+
+    Bounds, steps, scores, biases and norms do not decay.
+
+    Args:
+        model: prepared or not; before it is wrapped or after.
+        weight_decay: of the first group.
+    """
+    free = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, CompressedLayer)
+        for part in (module.quantize_input, module.quantize_weight, module.scores)
+        if part is not None
+        for parameter in part.parameters()
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decaying = [p for p in trained if p.dim() > 1 and id(p) not in free]
+    chosen = {id(p) for p in decaying}
+    others = [p for p in trained if id(p) not in chosen]
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

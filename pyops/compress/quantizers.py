@@ -1,0 +1,164 @@
+"""The quantisers inside compressed layers: bounds of the input, steps and levels of the weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.freezing.layers import LtsWeight
+from tersor.freezing.lts_quantize import lts_quantize
+from tersor.quantization.fake_quantize_bounds import fake_quantize_bounds
+from tersor.quantization.fake_quantize_lsq import fake_quantize_lsq, quant_range
+from tersor.quantization.percentile_bounds import percentile_bounds
+from tersor.quantization.weight_fake_quantize import weight_fake_quantize
+
+
+class InputBounds(nn.Module):
+    """Rounds an input to ``2**bits`` levels between two learned bounds, see :func:`tersor.fake_quantize_bounds`.
+
+    The bounds' gradients are divided by sqrt(n features) with n = 2^bits - 1, as LSQ does with its step's (arXiv
+    1902.08153), so that one learning rate serves weights and bounds.
+
+    Args:
+        bits: 2 to 8.
+        percentile: the first bounds are this percentile of a batch and its opposite.
+    """
+
+    calibrated: Tensor
+
+    def __init__(self, bits: int, percentile: float) -> None:
+        super().__init__()
+        self.bits, self.percentile = bits, percentile
+        # One element each, not none: FSDP2 takes no parameter without dimensions.
+        self.lower, self.upper = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        self.calibrating = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.calibrating:
+            self._calibrate(input)
+        factor = (max(math.prod(input.shape[1:]), 1) * (2**self.bits - 1)) ** -0.5 if self.training else 1.0
+        try:
+            return fake_quantize_bounds(input, self.lower, self.upper, self.bits, grad_scale=factor)
+        except ValueError as error:
+            if torch.compiler.is_compiling() or self.calibrated:
+                raise
+            raise ValueError(
+                f"bounds are not set: run tersor.compress.calibrate_(model, batch) before training ({error})"
+            ) from None
+
+    @torch.no_grad()
+    def _calibrate(self, input: Tensor) -> None:
+        lower, upper = percentile_bounds(input.float(), self.percentile)
+        if not upper > lower:  # a constant input: any interval that holds it and 0
+            lower, upper = lower.clamp(max=0), upper.clamp(min=0) + (lower == 0) * 1e-3
+        self.set_(torch.cat([lower.reshape(1), upper.reshape(1)]))
+
+    @torch.no_grad()
+    def set_(self, bounds: Tensor) -> None:
+        """Sets lower and upper bound, ``(2,)``."""
+        self.lower.copy_(bounds[:1])
+        self.upper.copy_(bounds[1:])
+        self.calibrated.fill_(True)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class LsqWeight(nn.Module):
+    """Rounds a weight to whole multiples of learned steps, one for each output channel; see :func:`fake_quantize_lsq`.
+
+    Args:
+        weight: for shape, dtype and device, and the first steps 2 mean\\|w\\| / sqrt(Qp) with Qp = 2^(bits-1) - 1.
+        bits: 2 to 8.
+    """
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.scale = nn.Parameter(weight.new_empty(weight.shape[0], *(1,) * (weight.dim() - 1)).detach())
+        self.initialize_(weight)
+
+    @torch.no_grad()
+    def initialize_(self, weight: Tensor) -> None:
+        mean = weight.abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
+        least = torch.finfo(torch.float32).tiny ** 0.5  # a channel of zeros keeps a positive step
+        self.scale.copy_((2 * mean / quant_range(self.bits, True)[1] ** 0.5).clamp(min=least))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quantize_lsq(weight, self.scale, self.bits, signed=True)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class PercentileWeight(nn.Module):
+    """Rounds a weight between its 99th percentile and its opposite, see :func:`tersor.weight_fake_quantize`."""
+
+    percentile = 99.0
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight_fake_quantize(weight, self.bits, "percentile", self.percentile)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class FreezingWeight(LtsWeight):
+    """Rounds a weight to 2^bits levels between two learned bounds, multiplied back by half their distance.
+
+    Unlike in :class:`tersor.freezing.LtsWeight` the forward pass leaves the freezing state alone, so that it may run
+    any number of times (activation checkpointing, gradient accumulation); :meth:`move_on` is one step of it.
+    """
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        super().__init__(weight, bits)
+        self.lower = nn.Parameter(self.lower.detach().reshape(1))
+        self.upper = nn.Parameter(self.upper.detach().reshape(1))
+        self.initialize_(weight)
+
+    @torch.no_grad()
+    def initialize_(self, weight: Tensor) -> None:
+        spread = (3 * weight.std(unbiased=False)).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+        self._initialize(-spread, spread)
+
+    @property
+    def half_range(self) -> Tensor:
+        return (self.upper - self.lower) / 2
+
+    def forward(self, weight: Tensor) -> Tensor:
+        lower, upper = self.lower, self.upper
+        if self.training:  # like LSQ's step, so that one learning rate serves weights and bounds
+            factor = (weight.numel() * (2**self.bits - 1)) ** -0.5
+            lower, upper = _ScaledGradient.apply(lower, factor), _ScaledGradient.apply(upper, factor)
+        levels = lts_quantize(weight, self.state, lower, upper, self.bits)
+        return levels * ((upper - lower) / 2).to(levels.dtype)
+
+    @torch.no_grad()
+    def move_on(self, weight: Tensor) -> None:
+        """A step of the schedule: distances move, and what has settled freezes."""
+        if self.schedule is not None:
+            self.quantize(weight, self.schedule)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The input itself; its gradient times a factor."""
+
+    @staticmethod
+    def forward(input: Tensor, factor: float) -> Tensor:
+        return input.view_as(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
