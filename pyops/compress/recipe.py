@@ -170,11 +170,12 @@ def as_recipe(where: str, recipe: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, (Rule, *TRANSFORMS)):
-        return Recipe(recipe)
-    if isinstance(recipe, Iterable) and not isinstance(recipe, (str, bytes)):
-        rules: list[Any] = list(recipe)
-        return Recipe(*rules)
-    raise TypeError(f"{where}: recipe must be a Recipe, rules or transforms, got {type(recipe).__name__}")
+        rules: list[Any] = [recipe]
+    elif isinstance(recipe, Iterable) and not isinstance(recipe, (str, bytes)):
+        rules = list(recipe)
+    else:
+        raise TypeError(f"{where}: recipe must be a Recipe, rules or transforms, got {type(recipe).__name__}")
+    return Recipe(*rules)
 
 
 def _patterns(argument: str, layers: Any) -> tuple[str, ...] | Predicate:
