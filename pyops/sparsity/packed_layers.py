@@ -251,14 +251,19 @@ def convert_(model: nn.Module, fold_norms: bool = False) -> nn.Module:
 def norm_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | bool | None]]:
     """Each convolution with its norm, and the ReLU after that: a module, True for one in a forward pass, or None."""
     for module in model.modules():
-        if callable(pairs := getattr(module, "norm_pairs", None)):
-            for layer, norm, relu in pairs():
-                yield module.get_submodule(layer), module.get_submodule(norm), relu or None
-        if type(module).forward is nn.Sequential.forward:
-            children: list[nn.Module | None] = [*module.children(), None]
-            for layer, norm, after in zip(children, children[1:], [*children[2:], None], strict=False):
-                if layer is not None and norm is not None:
-                    yield layer, norm, after if isinstance(after, nn.ReLU) else None
+        yield from own_norm_pairs(module)
+
+
+def own_norm_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | bool | None]]:
+    """:func:`norm_pairs` that the module itself knows of."""
+    if callable(pairs := getattr(module, "norm_pairs", None)):
+        for layer, norm, relu in pairs():
+            yield module.get_submodule(layer), module.get_submodule(norm), relu or None
+    if type(module).forward is nn.Sequential.forward:
+        children: list[nn.Module | None] = [*module._modules.values(), None]
+        for layer, norm, after in zip(children, children[1:], [*children[2:], None], strict=False):
+            if layer is not None and norm is not None:
+                yield layer, norm, after if isinstance(after, nn.ReLU) else None
 
 
 def _pattern(layer: nn.Module) -> tuple[int, int] | None:
