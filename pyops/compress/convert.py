@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from tersor.binary.layers import BinaryLayer
 from tersor.compress.layers import CompressedConv2d, CompressedLayer, CompressedLinear
 from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompressedLinear
 from tersor.compress.prepare import Compression, compression_of
-from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear, norm_pairs
+from tersor.compress.report import evaluating
+from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear, own_norm_pairs
 
 Folded = dict[str, str]  # names of convolutions, and of the norms that went into them
 
@@ -31,8 +34,9 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
     Args:
         model: prepared, trained, not wrapped (of a wrapped one, ``model.module``).
         fold_norms: multiply each ``BatchNorm2d`` into the convolution before it, which need not be compressed. What
-            belongs together is known of neighbours in a ``torch.nn.Sequential``, of modules with a method
-            ``norm_pairs()``, and of models that ``torch.fx`` can trace.
+            belongs together is known of models and modules of one input that ``torch.fx`` can trace; in what it cannot,
+            of neighbours in a ``torch.nn.Sequential`` and of modules with a method ``norm_pairs()``. Layers with hooks
+            or in several places keep theirs. Binary layers take their norms in any case.
 
     Returns:
         ``model``, in eval mode; or its replacement, if it is such a layer itself.
@@ -50,16 +54,20 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
         )
     if compression.converted:
         raise ValueError("convert_: model must not be converted yet, got one that is")
-    model.eval()
-    pairs = find_norms(model) if fold_norms else {}
-    return convert_with(model, compression, pairs)
+    with evaluating(model):
+        pairs = find_norms(model) if fold_norms else {}
+        model = convert_with(model, compression, pairs)
+    return model.eval()
 
 
 def convert_with(model: nn.Module, compression: Compression, pairs: Folded) -> nn.Module:
     """:func:`convert_` with these norms to fold."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
-    packed = {id(module): _packed(name or type(module).__name__, module) for name, module in layers.items()}
+    packed = {id(module): _packed(name or compression.root, module) for name, module in layers.items()}
     norms = {conv: model.get_submodule(norm) for conv, norm in pairs.items()}
+    for conv, norm in norms.items():
+        if not can_fold(model.get_submodule(conv), norm):
+            raise ValueError(f"{pairs[conv]} is no norm that can go into {conv}")
     if any(isinstance(module, BinaryLayer) for module in model.modules()):
         model = convert_binary_(model)
     for parent in list(model.modules()):
@@ -123,7 +131,7 @@ def _fold_(conv: Any, norm: Any) -> None:
         return
     weight = conv.weight.double() * scale[:, None, None, None]
     bias = 0 if conv.bias is None else conv.bias.double()
-    conv.weight.copy_(weight)
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)  # another layer may hold the old one
     conv.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype), requires_grad=False)
 
 
@@ -131,37 +139,65 @@ def find_norms(model: nn.Module) -> Folded:
     """Convolutions, compressed or plain, and the norms with running statistics that alone see their output."""
     names = {id(module): name for name, module in model.named_modules()}
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    found = [(names[id(conv)], names[id(norm)]) for conv, norm, _ in norm_pairs(model)] or _traced_pairs(model)
-    pairs = {}
-    for conv_name, norm_name in found:
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        plain = type(conv) is nn.Conv2d or isinstance(conv, CompressedConv2d)
-        folds = type(norm) is nn.BatchNorm2d and isinstance(norm.running_mean, Tensor)
-        if plain and folds and places[id(conv)] == places[id(norm)] == 1:
-            pairs[conv_name] = norm_name
+    pairs: Folded = {}
+    for conv, norm in _pairs(model, True):
+        if can_fold(conv, norm) and places[id(conv)] == places[id(norm)] == 1:
+            pairs[names[id(conv)]] = names[id(norm)]
     return pairs
 
 
+def can_fold(conv: Any, norm: Any) -> bool:
+    """Whether the one may go into the other, if it alone sees its output."""
+    hooks = any(each._forward_hooks or each._forward_pre_hooks for each in (conv, norm))  # which see what goes between
+    plain = type(conv) is nn.Conv2d and "weight" in conv._parameters and "forward" not in vars(conv)
+    norms = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    fits = norms and isinstance(norm.running_mean, Tensor) and norm.num_features == getattr(conv, "out_channels", None)
+    return (plain or isinstance(conv, CompressedConv2d)) and fits and not hooks
+
+
+def _pairs(module: nn.Module, is_root: bool) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """By the graph of the forward pass where torch.fx can trace it; else what the module says, and of its children."""
+    if is_root or _takes_one_input(module):
+        traced = _traced_pairs(module)
+        if traced is not None:
+            yield from traced
+            return
+    for conv, norm, _ in own_norm_pairs(module):
+        yield conv, norm
+    for child in module.children():
+        yield from _pairs(child, False)
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    """Whether its forward pass cannot depend on anything but one tensor; others may run otherwise than traced."""
+    arguments = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len(arguments) == 1 and all(each.kind in kinds for each in arguments)
+
+
 class _Tracer(torch.fx.Tracer):
-    """Stops at compressed layers; everything else as torch.fx does."""
+    """Stops at compressed and binary layers; everything else as torch.fx does."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, CompressedLayer) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (CompressedLayer, BinaryLayer)) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """What the graph of the forward pass shows, where torch.fx can trace it; else nothing."""
+def _traced_pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]] | None:
+    """What the graph of the forward pass shows; None where torch.fx cannot trace it."""
     try:
-        graph = _Tracer().trace(model)
-    except Exception:  # whatever the model's own code raises when it is run on proxies: then nothing is known
-        return []
+        arguments = inspect.signature(module.forward).parameters.values()
+        defaults = {each.name: each.default for each in arguments if each.default is not inspect.Parameter.empty}
+        graph = _Tracer().trace(module, concrete_args=defaults or None)
+    except Exception:  # whatever the module's own code raises when it is run on proxies: then nothing is known
+        return None
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}  # weights by hand
     pairs = []
     for node in graph.nodes:
-        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1:
+        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1 or node.target in read:
             continue
         user = next(iter(node.users))
-        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,)
-        if alone and isinstance(model.get_submodule(user.target), nn.BatchNorm2d):
-            pairs.append((node.target, user.target))
+        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,) and not user.kwargs
+        if alone and user.target not in read:
+            pairs.append((module.get_submodule(node.target), module.get_submodule(user.target)))
     return pairs
