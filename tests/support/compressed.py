@@ -17,7 +17,7 @@ from tersor.models import DeiT
 
 EPS = 2.0**-23
 STEPS = 4
-EAGER = Freeze(warmup=0.25, every=2, quantile=0.3, tile=(4, 4))  # freezes something within these few steps
+EAGER = Freeze(warmup=0.25, every=2, quantile=0.1, tile=(4, 4))  # freezes something within these few steps
 
 KINDS: dict[str, Any] = {
     "lsq": FakeQuantize(4),
