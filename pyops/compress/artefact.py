@@ -60,6 +60,7 @@ def save(
         "format": FORMAT,
         "layers": {name: [_to_dict(each) for each in found] for name, found in compression.applied.items()},
         "folded": compression.folded,
+        "skipped": compression.skipped,
         "source": None if source is None else source.to_dict(),
         "metadata": dict(metadata or {}),
     }
@@ -91,6 +92,7 @@ class Artefact:
     Attributes:
         layers: the transforms of each layer.
         folded: convolutions, and the norms that went into them.
+        skipped: layers that a rule matched and that stayed as they were, with the reason.
         source: what builds the model; None where the file does not say.
         metadata: as given to :func:`save`.
         tensors: the state dict.
@@ -98,6 +100,7 @@ class Artefact:
 
     layers: dict[str, tuple[Transform, ...]]
     folded: dict[str, str]
+    skipped: dict[str, str]
     source: ModelSource | None
     metadata: dict[str, Any]
     tensors: dict[str, Tensor] = dataclasses.field(repr=False)
@@ -143,14 +146,15 @@ def read(path: str | os.PathLike[str]) -> Artefact:
 
 def _described(description: dict[str, Any], tensors: dict[str, Tensor]) -> Artefact:
     """From the parts of a file; raises any error where they are not as :func:`save` writes them."""
-    layers, folded, metadata = (_dictionary(description[key], key) for key in ("layers", "folded", "metadata"))
+    keys = ("layers", "folded", "skipped", "metadata")
+    layers, folded, skipped, metadata = (_dictionary(description[key], key) for key in keys)
     if not layers or not all(isinstance(found, list) and found for found in layers.values()):
         raise ValueError("layers must have transforms")
-    if not all(isinstance(norm, str) for norm in folded.values()):
-        raise TypeError("folded must be of names")
+    if not all(isinstance(text, str) for text in (*folded.values(), *skipped.values())):
+        raise TypeError("folded and skipped must be of text")
     transforms = {name: check_composition(name, map(_from_dict, found)) for name, found in layers.items()}
     source = None if description["source"] is None else ModelSource.from_dict(description["source"])
-    return Artefact(transforms, folded, source, metadata, tensors)
+    return Artefact(transforms, folded, skipped, source, metadata, tensors)
 
 
 def _dictionary(value: Any, name: str) -> dict[str, Any]:
@@ -236,6 +240,7 @@ def _converted(model: nn.Module, found: Artefact) -> nn.Module:
                 module.set_(torch.tensor([-1.0, 1.0]))
     step(model)
     model.eval()
+    compression.skipped = found.skipped
     return convert_with(model, compression, found.folded)
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor._checks import check_window
 from tersor.sparsity.layers import NMConv2d, NMLinear, NMScores, SrSte
-from tersor.sparsity.nm_matmul import check_activation, nm_matmul
+from tersor.sparsity.nm_matmul import ACTIVATIONS, check_activation, nm_matmul
 from tersor.sparsity.nm_pack import check_index, nm_pack
 from tersor.sparsity.nm_packed_conv2d import nm_packed_conv2d
 from tersor.sparsity.nm_pattern import check_pattern
@@ -85,6 +86,8 @@ class PackedNMLinear(_Packed):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.values.dtype == torch.float64:  # which the kernels do not take
+            return ACTIVATIONS[self.activation](F.linear(input, self.dense_weight(), self.bias))
         return nm_matmul(input, self.values, self.index, self.n, self.m, self.bias, self.activation)
 
     def dense_weight(self) -> Tensor:
@@ -152,6 +155,9 @@ class PackedNMConv2d(_Packed):
         self.stride, self.padding, self.dilation = check_window("PackedNMConv2d", layer.stride, amounts, layer.dilation)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.values.dtype == torch.float64:
+            window = (self.stride, self.padding, self.dilation, self.groups)
+            return ACTIVATIONS[self.activation](F.conv2d(input, self.dense_weight(), self.bias, *window))
         return nm_packed_conv2d(
             input,
             self.values,
