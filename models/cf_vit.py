@@ -331,7 +331,8 @@ class CFLVViT(CFViT):
 
     Args:
         mix_token: whether in training a box of patches is exchanged between the images of the batch.
-        Others as for :class:`CFViT`.
+
+    The other arguments are those of :class:`CFViT`.
 
     Shape:
         ``(B, in_chans, 32 * grid, 32 * grid)`` to two times ``(B, num_classes)``; in training to two times what

@@ -168,7 +168,8 @@ class SuperLVViT(SuperViT):
 
     Args:
         mix_token: whether in training a box of patches is exchanged between the images of the batch.
-        Others as for :class:`SuperViT`.
+
+    The other arguments are those of :class:`SuperViT`.
 
     Shape:
         ``(B, in_chans, H, W)`` to ``(B, num_classes)``: the class token's logits plus a quarter of the other kept

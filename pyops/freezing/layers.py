@@ -242,7 +242,7 @@ class LtsConv2d(_Lts, nn.Conv2d):
     what is frozen.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         bits, schedule, saved, frozen_step: see :class:`LtsWeight`.
 
     Source: Zhong et al., arXiv 2211.08544.
@@ -275,7 +275,7 @@ class LtsLinear(_Lts, nn.Linear):
     """``torch.nn.Linear`` with weight and input quantised to few levels; see :class:`LtsConv2d`.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Linear``.
+        args, kwargs: as for ``torch.nn.Linear``.
         bits, schedule, saved, frozen_step: see :class:`LtsWeight`.
     """
 

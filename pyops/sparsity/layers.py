@@ -52,7 +52,7 @@ class NMLinear(_Nm, nn.Linear):
     """``torch.nn.Linear`` of which n in every m consecutive weights are kept, chosen by learned scores.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Linear``.
+        args, kwargs: as for ``torch.nn.Linear``.
         n, m: 1 <= n < m <= 16; m divides the number of weights.
 
     Source: Zhang et al., arXiv 2206.06662.
@@ -76,7 +76,7 @@ class NMConv2d(_Nm, nn.Conv2d):
     position and the next output channel.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         n, m: 1 <= n < m <= 16; m divides the number of weights.
     """
 
