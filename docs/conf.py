@@ -23,6 +23,7 @@ include_patterns = [
     "docs/*.md",
     "docs/*_results/*.md",
     "docs/api/*.rst",
+    "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "bench/README.md",
