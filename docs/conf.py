@@ -1,11 +1,11 @@
-"""Sphinx's settings. `make docs` builds build/docs; the source folder is the repository, so that all pages link as in it."""
+"""Sphinx's settings, for `make docs`. The source folder is the repository, so that pages link as they do in it."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "site"))
 
-import tersor  # noqa: E402
+import tersor
 
 project = "tersor"
 author = "the tersor developers"
@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False  # of torch.nn.Module, by every forward() without one
 autodoc_preserve_defaults = True
 napoleon_custom_sections = ["Shape"]
 napoleon_use_rtype = False
@@ -47,3 +48,6 @@ html_theme = "furo"
 html_title = f"tersor {version}"
 html_extra_path = ["site/index.html"]
 html_copy_source = False
+html_show_copyright = False
+html_static_path = ["site/static"]
+html_css_files = ["wide.css"]

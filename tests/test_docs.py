@@ -1,4 +1,4 @@
-"""The pages' Python blocks run as they stand, in order, and compute what the page says; links and names lead somewhere."""
+"""The pages' Python blocks run as they stand and compute what the page says; links and names lead somewhere."""
 
 from __future__ import annotations
 
@@ -205,7 +205,8 @@ def test_the_names_that_a_page_mentions_exist(path: Path) -> None:
 def api_pages() -> ModuleType:
     """What writes the site's reference."""
     spec = importlib.util.spec_from_file_location("api_pages", DOCS / "site" / "api_pages.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["api_pages"] = module
     spec.loader.exec_module(module)

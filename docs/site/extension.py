@@ -25,7 +25,7 @@ MATHJAX = "sphinx-mathjax-offline"  # a package whose name no import statement c
 
 
 class Pages(TocTree):
-    """A table of contents of the pages that are there: ``methods`` (one per family), ``guides`` or ``migration``."""
+    """A table of contents of the pages of a kind that are there, see :func:`pages`."""
 
     required_arguments = 1
     has_content = False
@@ -36,7 +36,10 @@ class Pages(TocTree):
 
 
 def pages(kind: str) -> list[str]:
-    """The names of the pages of a kind. A family has a folder in csrc, and its page is a method's."""
+    """The pages of a kind: ``methods`` (of families: folders of csrc), ``migration``, ``guides`` or ``results``."""
+    if kind == "results":  # by their folders, as the titles are those of machines
+        folders = sorted(path.parent.name for path in (api_pages.ROOT / "bench" / "results").glob("*/table.md"))
+        return [f"{name} </bench/results/{name}/table>" for name in folders]
     names = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in ("index", "benchmarks"))
     methods = [name for name in names if (api_pages.ROOT / "csrc" / name).is_dir()]
     migration = [name for name in names if name.startswith("migration")]
@@ -90,7 +93,8 @@ def find_reference(app: Sphinx, env: Any, node: Any, text: nodes.Node) -> nodes.
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"]
-    found = [name for name in env.domains.python_domain.objects if name.endswith(f".{target}")]
+    objects = env.domains.python_domain.objects
+    found = [name for name, entry in objects.items() if name.endswith(f".{target}") and not entry.aliased]
     return _link(app, node["refdoc"], found[0] if len(found) == 1 else target, text)
 
 
