@@ -25,7 +25,8 @@ bench: .venv/native
 
 # The site, into build/docs; a warning is an error. The build itself needs no network.
 docs: .venv/docs .venv/native
-	$(PY) -m sphinx -q -a -W --keep-going -c docs -d build/doctrees . build/docs
+	rm -rf build/docs
+	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
 
 # On a CUDA machine, with the python that holds its torch (no virtual environment, no network).

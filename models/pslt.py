@@ -233,6 +233,8 @@ class PSLT(Trunk):
 
     Raises:
         TypeError, ValueError: options that do not fit each other, or an input of another shape or dtype.
+
+    Source: Wu et al., arXiv 2304.03481.
     """
 
     def __init__(
@@ -294,6 +296,8 @@ class PSLTBackbone(Trunk):
 
     Raises:
         TypeError, ValueError: options that do not fit each other, or an input of another shape or dtype.
+
+    Source: Wu et al., arXiv 2304.03481.
     """
 
     def __init__(

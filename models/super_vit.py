@@ -175,6 +175,8 @@ class SuperLVViT(SuperViT):
         ``(B, in_chans, H, W)`` to ``(B, num_classes)``: the class token's logits plus a quarter of the other kept
         tokens' largest. In training those of the class token alone; for the last size with ``keep_rate`` 1 what
         :func:`token_label_loss` takes: ``(B, num_classes)``, ``(B, tokens, num_classes)`` and the box.
+
+    Source: Lin et al., arXiv 2205.11397.
     """
 
     embedding = ConvStem

@@ -52,6 +52,13 @@ def run_page(path: Path) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_no_python_block_is_passed_over(path: Path) -> None:
+    """An indented one would be, or one with another mark; what cannot run is marked as text."""
+    text = path.read_text()
+    assert len(re.findall(r"```\s*(?:py|\{code)", text)) == len(BLOCK.findall(text))
+
+
 @pytest.mark.parametrize("path", [p for p in PAGES if BLOCK.search(p.read_text())], ids=page_name)
 def test_a_page_runs_and_computes_what_it_says(path: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
