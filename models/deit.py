@@ -35,6 +35,8 @@ class DeiT(nn.Module):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: Touvron et al., arXiv 2012.12877.
     """
 
     def __init__(

@@ -138,6 +138,8 @@ class ResNet(nn.Module):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: He et al., arXiv 1512.03385.
     """
 
     def __init__(

@@ -43,17 +43,17 @@ def binary_sign(input: Tensor, estimator: str | Estimator = "ste") -> Tensor:
 
 
 def ste_sign(input: Tensor, clip: float = 1.0) -> Tensor:
-    """:func:`binary_sign` with the straight-through gradient g [|x| <= clip]. Source: arXiv 1602.02830."""
+    """:func:`binary_sign` with the straight-through gradient ``g [abs(x) <= clip]``. Source: arXiv 1602.02830."""
     return binary_sign(input, Estimator("ste", t=clip))
 
 
 def approx_sign(input: Tensor) -> Tensor:
-    """:func:`binary_sign` with the triangular gradient g max(0, 2 - 2 |x|). Source: arXiv 1808.00278."""
+    """:func:`binary_sign` with the triangular gradient ``g max(0, 2 - 2 abs(x))``. Source: arXiv 1808.00278."""
     return binary_sign(input, APPROX)
 
 
 def reste_sign(input: Tensor, o: float, t: float = 1.5, interval: float = 0.1) -> Tensor:
-    r""":func:`binary_sign` with the gradient of the power function sign(x) |x|^(1/o), rectified.
+    r""":func:`binary_sign` with the gradient of the power function ``sign(x) abs(x)^(1/o)``, rectified.
 
     .. math:: d(a) = \begin{cases} \mathrm{interval}^{1/o} / \mathrm{interval} & a \le \mathrm{interval} \\
         \frac1o a^{(1 - o) / o} & \mathrm{interval} < a \le t \\ 0 & a > t \end{cases}

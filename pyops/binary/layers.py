@@ -88,7 +88,7 @@ class BinaryConv2d(_Scaled, nn.Conv2d):
     The state dict is that of ``torch.nn.Conv2d``. Zeros of the padding count as 0.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
+        args, kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
         estimator: gradient of the input's sign, see :class:`Estimator`; None takes the input as it is.
         weight_estimator: of the weight's; None for the input's.
         scale: ``"layer"``: one factor, ``"channel"``: one for each output, None: none. Gradients flow through it.
@@ -121,7 +121,7 @@ class ReSTEConv2d(BinaryConv2d):
     """ReSTE's convolution, see :func:`reste_conv2d`; :class:`BinarySchedule` sets o and o_a.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         o, t: of the weight's sign.
         o_a, t_a: of the input's.
         act_bits32: takes the input as it is.
@@ -178,7 +178,7 @@ class ReCUConv2d(BinaryLayer, nn.Conv2d):
     dimensions (of shape ``(1,)`` in the published checkpoints, which load).
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
+        args, kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
 
     Source: arXiv 2103.12369.
     """
