@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.compress.convert import convert_with
+from tersor.compress.convert import Fold, Folded, convert_with
 from tersor.compress.layers import CompressedLayer
 from tersor.compress.prepare import compression_of, prepare_, step
 from tersor.compress.recipe import Recipe, Rule
@@ -84,14 +84,14 @@ class Artefact:
 
     Attributes:
         layers: the transforms of each layer.
-        folded: convolutions, and the norms that went into them.
+        folded: convolutions, and what went into them.
         source: what builds the model; None where the file does not say.
         metadata: as given to :func:`save`.
         tensors: the state dict.
     """
 
     layers: dict[str, tuple[Transform, ...]]
-    folded: dict[str, str]
+    folded: Folded
     source: ModelSource | None
     metadata: dict[str, Any]
     tensors: dict[str, Tensor] = dataclasses.field(repr=False)
@@ -129,7 +129,8 @@ def read(path: str | os.PathLike[str]) -> Artefact:
     try:
         layers = {name: tuple(map(_from_dict, found)) for name, found in description["layers"].items()}
         source = description["source"] and ModelSource.from_dict(description["source"])
-        return Artefact(layers, dict(description["folded"]), source or None, dict(description["metadata"]), tensors)
+        folded = {name: _fold(each) for name, each in description["folded"].items()}
+        return Artefact(layers, folded, source or None, dict(description["metadata"]), tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{where}: its description cannot be used: {error}") from None
 
@@ -214,6 +215,17 @@ def _from_dict(contents: Mapping[str, Any]) -> Any:
     if kind is None:
         raise ValueError(f"it has a transform {name!r}, which this tersor does not know")
     return kind(**options)
+
+
+def _fold(contents: Any) -> Fold:
+    fold = Fold(*contents)
+    if (
+        not isinstance(fold.norm, str)
+        or not isinstance(fold.relu, (str, type(None)))
+        or type(fold.residual) is not bool
+    ):
+        raise ValueError(f"it has a fold {contents!r}, which none can be")
+    return fold
 
 
 def _safetensors(what: str) -> Any:

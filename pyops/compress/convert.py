@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,23 @@ from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompress
 from tersor.compress.prepare import Compression, compression_of
 from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear, norm_pairs
 
-Folded = dict[str, str]  # names of convolutions, and of the norms that went into them
+
+class Fold(NamedTuple):
+    """What goes into a convolution, by names.
+
+    Attributes:
+        norm: its norm.
+        relu: the ReLU after that: the name of a module, ``""`` for one in a forward pass that leaves it to the
+            convolution, None for none.
+        residual: whether the convolution takes a residual in front of a ReLU.
+    """
+
+    norm: str
+    relu: str | None = None
+    residual: bool = False
+
+
+Folded = dict[str, Fold]  # by the convolution's name
 
 
 def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
@@ -32,7 +48,10 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
         model: prepared, trained, not wrapped (of a wrapped one, ``model.module``).
         fold_norms: multiply each ``BatchNorm2d`` into the convolution before it, which need not be compressed. What
             belongs together is known of neighbours in a ``torch.nn.Sequential``, of modules with a method
-            ``norm_pairs()``, and of models that ``torch.fx`` can trace.
+            ``norm_pairs()`` (see :func:`tersor.sparsity.convert_`), and of models that ``torch.fx`` can trace. A ReLU
+            after that goes in too, and so does what the method ``residual_convs()`` of a module names: convolutions
+            whose output, after the norm, gets a residual and a ReLU. The forward pass calls these with the residual,
+            as ``conv(x, residual)``, where their attribute ``adds_residual`` is true, and leaves out the rest.
 
     Returns:
         ``model``, in eval mode; or its replacement, if it is such a layer itself.
@@ -59,7 +78,7 @@ def convert_with(model: nn.Module, compression: Compression, pairs: Folded) -> n
     """:func:`convert_` with these norms to fold."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
     packed = {id(module): _packed(name or type(module).__name__, module) for name, module in layers.items()}
-    norms = {conv: model.get_submodule(norm) for conv, norm in pairs.items()}
+    norms = {conv: model.get_submodule(fold.norm) for conv, fold in pairs.items()}
     if any(isinstance(module, BinaryLayer) for module in model.modules()):
         model = convert_binary_(model)
     for parent in list(model.modules()):
@@ -67,9 +86,17 @@ def convert_with(model: nn.Module, compression: Compression, pairs: Folded) -> n
             parent._modules[child] = packed.get(id(module), module)
     model = packed.get(id(model), model)
     for conv, norm in norms.items():
-        _fold_(model.get_submodule(conv), norm)
-        place, _, child = pairs[conv].rpartition(".")
-        setattr(model.get_submodule(place), child, nn.Identity())
+        fold, layer = pairs[conv], model.get_submodule(conv)
+        _fold_(layer, norm)
+        gone = [fold.norm]
+        if isinstance(layer, (PackedCompressedConv2d, PackedNMConv2d)) and fold.relu is not None:
+            layer.activation = "relu"
+            gone += [fold.relu] if fold.relu else []
+        if isinstance(layer, PackedCompressedConv2d) and fold.residual:
+            layer.activation, layer.adds_residual = "relu", True
+        for name in gone:
+            place, _, child = name.rpartition(".")
+            setattr(model.get_submodule(place), child, nn.Identity())
     compression.convert(pairs)
     if model._modules.get("compression") is not compression:
         model.add_module("compression", compression)
@@ -128,18 +155,29 @@ def _fold_(conv: Any, norm: Any) -> None:
 
 
 def find_norms(model: nn.Module) -> Folded:
-    """Convolutions, compressed or plain, and the norms with running statistics that alone see their output."""
+    """Convolutions, compressed or plain, with the norms with running statistics that alone see their output."""
     names = {id(module): name for name, module in model.named_modules()}
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    found = [(names[id(conv)], names[id(norm)]) for conv, norm, _ in norm_pairs(model)] or _traced_pairs(model)
-    pairs = {}
-    for conv_name, norm_name in found:
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        plain = type(conv) is nn.Conv2d or isinstance(conv, CompressedConv2d)
-        folds = type(norm) is nn.BatchNorm2d and isinstance(norm.running_mean, Tensor)
-        if plain and folds and places[id(conv)] == places[id(norm)] == 1:
-            pairs[conv_name] = norm_name
-    return pairs
+    once = {names[key] for key, count in places.items() if count == 1}
+    residuals = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if callable(convs := getattr(module, "residual_convs", None))
+        for name in convs()
+    }
+    found: list[tuple[str, Fold]] = []
+    for conv, norm, relu in norm_pairs(model):
+        after = names[id(relu)] if isinstance(relu, nn.Module) else "" if relu else None
+        conv_name = names[id(conv)]
+        found.append((conv_name, Fold(names[id(norm)], after, conv_name in residuals)))
+    folds = {}
+    for conv_name, fold in found or _traced(model):
+        layer, norm = model.get_submodule(conv_name), model.get_submodule(fold.norm)
+        plain = type(layer) is nn.Conv2d or isinstance(layer, CompressedConv2d)
+        fits = type(norm) is nn.BatchNorm2d and isinstance(norm.running_mean, Tensor)
+        if plain and fits and {conv_name, fold.norm} <= once:
+            folds[conv_name] = fold if not fold.relu or fold.relu in once else fold._replace(relu=None)
+    return folds
 
 
 class _Tracer(torch.fx.Tracer):
@@ -149,19 +187,23 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(m, CompressedLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
+def _traced(model: nn.Module) -> list[tuple[str, Fold]]:
     """What the graph of the forward pass shows, where torch.fx can trace it; else nothing."""
     try:
         graph = _Tracer().trace(model)
     except Exception:  # whatever the model's own code raises when it is run on proxies: then nothing is known
         return []
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    pairs = []
+
+    def only_user(node: Any, kind: type[nn.Module]) -> Any:
+        """The one node that takes the output, if it is a module of that kind that is called once."""
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        alone = user is not None and user.op == "call_module" and calls[user.target] == 1 and user.args == (node,)
+        return user if alone and isinstance(model.get_submodule(user.target), kind) else None
+
+    found = []
     for node in graph.nodes:
-        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1:
-            continue
-        user = next(iter(node.users))
-        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,)
-        if alone and isinstance(model.get_submodule(user.target), nn.BatchNorm2d):
-            pairs.append((node.target, user.target))
-    return pairs
+        if node.op == "call_module" and calls[node.target] == 1 and (norm := only_user(node, nn.BatchNorm2d)):
+            relu = only_user(norm, nn.ReLU)
+            found.append((node.target, Fold(norm.target, relu.target if relu else None)))
+    return found

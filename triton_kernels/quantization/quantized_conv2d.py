@@ -210,7 +210,19 @@ def quantized_conv2d(
         per_image = triton.cdiv(out_height * out_width, tile["BLOCK_P"])
         grid = (per_image * triton.cdiv(outputs // groups, tile["BLOCK_O"]), batch * groups)
         shift = None if bias is None else bias.double()
-        tensors = (codes, sums, weight.contiguous(), factor, constant, exact_zero, tap_sums, zero, shift, residual, output)
+        tensors = (
+            codes,
+            sums,
+            weight.contiguous(),
+            factor,
+            constant,
+            exact_zero,
+            tap_sums,
+            zero,
+            shift,
+            residual,
+            output,
+        )
         sizes = (height, width, out_height, out_width, groups, inputs, channels, outputs // groups, blocks)
         window = (kernel_h, kernel_w, *stride, *padding, *dilation)
         strides = (output.stride(0), output.stride(1), outputs if channels_last else 1)
