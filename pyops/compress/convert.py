@@ -203,7 +203,8 @@ def _traced(model: nn.Module) -> list[tuple[str, Fold]]:
 
     found = []
     for node in graph.nodes:
-        if node.op == "call_module" and calls[node.target] == 1 and (norm := only_user(node, nn.BatchNorm2d)):
+        norm = only_user(node, nn.BatchNorm2d) if node.op == "call_module" and calls[node.target] == 1 else None
+        if norm is not None:
             relu = only_user(norm, nn.ReLU)
-            found.append((node.target, Fold(norm.target, relu.target if relu else None)))
+            found.append((node.target, Fold(norm.target, None if relu is None else relu.target)))
     return found
