@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tersor import compress
 from tersor.models import _patches
+from tersor.models._command import median_milliseconds
 from tersor.models._digits import write_safetensors
 from tersor.models._textures import FOLD
 from tersor.models._training_state import load_state, save_state
@@ -202,24 +203,21 @@ def train(
     return run.model.eval(), progress
 
 
-def measure(config: Config, output: Path, rounds: int) -> dict[str, Any]:
+def measure(config: Config, output: Path, rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """Milliseconds of a forward pass of both shipped models in batches of 1 and 64; they take turns.
 
     Returns:
-        Of each phase and batch size, the median of the rounds.
+        Of each phase, by batch size, the median of the rounds.
     """
-    from tersor.models._command import median_milliseconds
-
-    models = {
-        phase: load_model(dataclasses.replace(config, phase=phase), output) for phase in ("dense", "compressed")
-    }
-    torch.set_num_threads(config.threads)
+    phases = PHASES[1:]
+    models = {phase: load_model(dataclasses.replace(config, phase=phase), output) for phase in phases}
+    torch.set_num_threads(threads)
     images, _ = fixed_set("test", 64)
-    found: dict[str, dict[str, float]] = {phase: {} for phase in models}
-    with torch.no_grad():
-        for size in (1, 64):
-            batch = images[:size].contiguous()
-            calls = {phase: (lambda model=model, batch=batch: model(batch)) for phase, model in models.items()}
+    found: dict[str, dict[str, float]] = {phase: {} for phase in phases}
+    for size in (1, 64):
+        batch = images[:size].contiguous()
+        calls = {phase: functools.partial(models[phase], batch) for phase in phases}
+        with torch.no_grad():
             for phase, value in median_milliseconds(calls, rounds).items():
                 found[phase][str(size)] = value
     return found

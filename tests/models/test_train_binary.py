@@ -15,7 +15,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
 from tersor.binary import BinaryConv2d, PackedBinaryConv2d, ReCUConv2d, ReSTEConv2d, recu_tau, reste_o
-from tersor.models import _patches, _binary_measure, _binary_train, _command, train_binary
+from tersor.models import _binary_measure, _binary_train, _command, _patches, train_binary
 from tersor.models._binary_measure import BATCHES, measure
 from tersor.models._binary_train import BLOCKS, METHODS, Config, Progress, Run, load_model, predict, train
 from tersor.models._command import StateError
