@@ -1,12 +1,12 @@
-"""Trains a small network on photographs, then the same with 2:4 sparsity, 4 bits and freezing: smaller, faster, as good?
+"""Trains a network on photographs, and on with 2:4 sparsity, 4 bits and freezing: smaller, faster, as good?
 
     python -m tersor.models.train_compress --output demo_compress
 
 A dense ResNet is trained. From its weights two go on, over the same batches with the same schedule: the dense one, and
-one that :mod:`tersor.compress` prepares, trains and converts. Both are written as files, read back and tested on patches
-of photographs that neither has seen; their forward passes are timed in batches of 1 and 64. Writes a table
-(``results.md``), all figures (``results.json``), pictures, the layer table, the models, and the states that
-``--resume`` goes on from. Needs the extra ``tersor[demo]``.
+one that :mod:`tersor.compress` prepares, trains and converts. Both are written as files, read back and tested on
+patches from parts of the photographs that neither has seen; their forward passes are timed in batches of 1 and 64.
+Writes a table (``results.md``), all figures (``results.json``), pictures, the models, and the states that ``--resume``
+goes on from. Needs the extra ``tersor[demo]``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Accuracy: of test patches, mean and standard deviation of the seeds, of the models read back from their files; "
-    "change: mean of the seeds' differences and its standard error. Same: test patches that the converted network tells "
-    "as the trained one did. Bytes: of the file. Times: medians of forward passes on the CPU that take turns."
+    "change: mean of the seeds' differences and its standard error. Same: test patches that the file's network tells as "
+    "the trained one did. Bytes: of the file. Times: medians of forward passes on the CPU that take turns."
 )
 
 
@@ -158,10 +158,8 @@ def _verdict(groups: Mapping[str, Sequence[Progress]], latencies: Mapping[str, M
     change = statistics.fmean(
         after.accuracy - before.accuracy for before, after in zip(groups["dense"], groups["compressed"], strict=True)
     )
-    return (
-        f"{sizes[0] / sizes[1]:.1f} times smaller, {one:.2f} times faster one by one and {many:.2f} times in batches of "
-        f"64, {change:+.2f} points of accuracy."
-    )
+    faster = f"{one:.2f} times faster one by one and {many:.2f} times in batches of 64"
+    return f"{sizes[0] / sizes[1]:.1f} times smaller, {faster}, {change:+.2f} points of accuracy."
 
 
 if __name__ == "__main__":

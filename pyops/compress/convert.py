@@ -203,8 +203,10 @@ def _traced(model: nn.Module) -> list[tuple[str, Fold]]:
 
     found = []
     for node in graph.nodes:
-        norm = only_user(node, nn.BatchNorm2d) if node.op == "call_module" and calls[node.target] == 1 else None
+        if node.op != "call_module" or calls[node.target] != 1:
+            continue
+        norm: Any = only_user(node, nn.BatchNorm2d)
         if norm is not None:
-            relu = only_user(norm, nn.ReLU)
+            relu: Any = only_user(norm, nn.ReLU)
             found.append((node.target, Fold(norm.target, None if relu is None else relu.target)))
     return found
