@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Accuracy: of test patches, mean and standard deviation of the seeds, of the models read back from their files; "
-    "change: mean of the seeds' differences and its standard error. Same: test patches that the file's network tells as "
-    "the trained one did. Bytes: of the file. Times: medians of forward passes on the CPU that take turns."
+    "change: mean of the seeds' differences and its standard error. Same: test patches that the file's network tells "
+    "as the trained one did. Bytes: of the file. Times: medians of forward passes on the CPU that take turns."
 )
 
 

@@ -197,8 +197,10 @@ def _traced(model: nn.Module) -> list[tuple[str, Fold]]:
 
     def only_user(node: Any, kind: type[nn.Module]) -> Any:
         """The one node that takes the output, if it is a module of that kind that is called once."""
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        alone = user is not None and user.op == "call_module" and calls[user.target] == 1 and user.args == (node,)
+        if len(node.users) != 1:
+            return None
+        user: Any = next(iter(node.users))
+        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,)
         return user if alone and isinstance(model.get_submodule(user.target), kind) else None
 
     found = []
