@@ -15,6 +15,8 @@ def window_attention_of(module: Any) -> tuple[nn.Module | None, str]:
     """The replacement with the module's own projections and table; or None, and why there is none."""
     if type(module).__name__ == SWIN[1]:
         return None, "its attention is of cosines, which window_attention does not compute"
+    if not hasattr(module, "relative_position_bias_table"):
+        return None, "it is not torchvision's"
     if module.attention_dropout:
         return None, f"its attention_dropout is {module.attention_dropout}, the kernels keep no matrix to drop from"
     dim = module.proj.in_features

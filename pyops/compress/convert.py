@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,8 @@ from tersor.binary.layers import BinaryLayer
 from tersor.compress.layers import CompressedConv2d, CompressedLayer, CompressedLinear
 from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompressedLinear
 from tersor.compress.prepare import Compression, compression_of
-from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear, norm_pairs
+from tersor.compress.report import evaluating
+from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear, own_norm_pairs
 
 
 class Fold(NamedTuple):
@@ -47,11 +50,12 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
     Args:
         model: prepared, trained, not wrapped (of a wrapped one, ``model.module``).
         fold_norms: multiply each ``BatchNorm2d`` into the convolution before it, which need not be compressed. What
-            belongs together is known of neighbours in a ``torch.nn.Sequential``, of modules with a method
-            ``norm_pairs()`` (see :func:`tersor.sparsity.convert_`), and of models that ``torch.fx`` can trace. A ReLU
-            after that goes in too, and so does what the method ``residual_convs()`` of a module names: convolutions
-            whose output, after the norm, gets a residual and a ReLU. The forward pass calls these with the residual,
-            as ``conv(x, residual)``, where their attribute ``adds_residual`` is true, and leaves out the rest.
+            belongs together is known of models and modules of one input that ``torch.fx`` can trace; in what it cannot,
+            of neighbours in a ``torch.nn.Sequential`` and of modules with a method ``norm_pairs()`` (see
+            :func:`tersor.sparsity.convert_`). A packed convolution also takes the ReLU after that, and where the method
+            ``residual_convs()`` of a module names it, a residual and a ReLU: the forward pass calls it as ``conv(x,
+            residual)`` where its attribute ``adds_residual`` is true, and leaves out the rest. Layers with hooks or in
+            several places keep theirs. Binary layers take their norms in any case.
 
     Returns:
         ``model``, in eval mode; or its replacement, if it is such a layer itself.
@@ -69,16 +73,25 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
         )
     if compression.converted:
         raise ValueError("convert_: model must not be converted yet, got one that is")
-    model.eval()
-    pairs = find_norms(model) if fold_norms else {}
-    return convert_with(model, compression, pairs)
+    with evaluating(model):
+        pairs = find_norms(model) if fold_norms else {}
+        model = convert_with(model, compression, pairs)
+    return model.eval()
 
 
 def convert_with(model: nn.Module, compression: Compression, pairs: Folded) -> nn.Module:
     """:func:`convert_` with these norms to fold."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
-    packed = {id(module): _packed(name or type(module).__name__, module) for name, module in layers.items()}
+    packed = {id(module): _packed(name or compression.root, module) for name, module in layers.items()}
     norms = {conv: model.get_submodule(fold.norm) for conv, fold in pairs.items()}
+    residuals = _residual_convs(model)
+    for conv, fold in pairs.items():
+        if not can_fold(model.get_submodule(conv), norms[conv]):
+            raise ValueError(f"{fold.norm} is no norm that can go into {conv}")
+        if fold.relu and not _is_relu(model.get_submodule(fold.relu)):
+            raise ValueError(f"{fold.relu} is no ReLU that can go into {conv}")
+        if fold.residual and id(model.get_submodule(conv)) not in residuals:
+            raise ValueError(f"{conv} takes no residual")
     if any(isinstance(module, BinaryLayer) for module in model.modules()):
         model = convert_binary_(model)
     for parent in list(model.modules()):
@@ -150,7 +163,7 @@ def _fold_(conv: Any, norm: Any) -> None:
         return
     weight = conv.weight.double() * scale[:, None, None, None]
     bias = 0 if conv.bias is None else conv.bias.double()
-    conv.weight.copy_(weight)
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)  # another layer may hold the old one
     conv.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype), requires_grad=False)
 
 
@@ -158,57 +171,91 @@ def find_norms(model: nn.Module) -> Folded:
     """Convolutions, compressed or plain, with the norms with running statistics that alone see their output."""
     names = {id(module): name for name, module in model.named_modules()}
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    once = {names[key] for key, count in places.items() if count == 1}
-    residuals = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
+    residuals = _residual_convs(model)
+    said = [pair for module in model.modules() for pair in own_norm_pairs(module)]
+    left_out = {(id(conv), id(norm)) for conv, norm, relu in said if relu is True}  # by the forward pass
+    folded: Folded = {}
+    for conv, norm, relu in _pairs(model, True):
+        if not can_fold(conv, norm) or places[id(conv)] != 1 or places[id(norm)] != 1:
+            continue
+        after = names[id(relu)] if _is_relu(relu) and places[id(relu)] == 1 else None
+        after = "" if (id(conv), id(norm)) in left_out else after
+        folded[names[id(conv)]] = Fold(names[id(norm)], after, id(conv) in residuals)
+    return folded
+
+
+def _residual_convs(model: nn.Module) -> set[int]:
+    """The convolutions that a module's ``residual_convs()`` names."""
+    return {
+        id(module.get_submodule(name))
+        for module in model.modules()
         if callable(convs := getattr(module, "residual_convs", None))
         for name in convs()
     }
-    found: list[tuple[str, Fold]] = []
-    for conv, norm, relu in norm_pairs(model):
-        after = names[id(relu)] if isinstance(relu, nn.Module) else "" if relu else None
-        conv_name = names[id(conv)]
-        found.append((conv_name, Fold(names[id(norm)], after, conv_name in residuals)))
-    folds = {}
-    for conv_name, fold in found or _traced(model):
-        layer, norm = model.get_submodule(conv_name), model.get_submodule(fold.norm)
-        plain = type(layer) is nn.Conv2d or isinstance(layer, CompressedConv2d)
-        fits = type(norm) is nn.BatchNorm2d and isinstance(norm.running_mean, Tensor)
-        if plain and fits and {conv_name, fold.norm} <= once:
-            folds[conv_name] = fold if not fold.relu or fold.relu in once else fold._replace(relu=None)
-    return folds
+
+
+def _is_relu(module: Any) -> bool:
+    return type(module) is nn.ReLU and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def can_fold(conv: Any, norm: Any) -> bool:
+    """Whether the one may go into the other, if it alone sees its output."""
+    hooks = any(each._forward_hooks or each._forward_pre_hooks for each in (conv, norm))  # which see what goes between
+    plain = type(conv) is nn.Conv2d and "weight" in conv._parameters and "forward" not in vars(conv)
+    norms = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    fits = norms and isinstance(norm.running_mean, Tensor) and norm.num_features == getattr(conv, "out_channels", None)
+    return (plain or isinstance(conv, CompressedConv2d)) and fits and not hooks
+
+
+def _pairs(module: nn.Module, is_root: bool) -> Iterator[tuple[nn.Module, nn.Module, Any]]:
+    """By the graph of the forward pass where torch.fx can trace it; else what the module says, and of its children."""
+    if is_root or _takes_one_input(module):
+        traced = _traced_pairs(module)
+        if traced is not None:
+            yield from traced
+            return
+    yield from own_norm_pairs(module)
+    for child in module.children():
+        yield from _pairs(child, False)
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    """Whether its forward pass cannot depend on anything but one tensor; others may run otherwise than traced."""
+    arguments = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len(arguments) == 1 and all(each.kind in kinds for each in arguments)
 
 
 class _Tracer(torch.fx.Tracer):
-    """Stops at compressed layers; everything else as torch.fx does."""
+    """Stops at compressed and binary layers; everything else as torch.fx does."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, CompressedLayer) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (CompressedLayer, BinaryLayer)) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced(model: nn.Module) -> list[tuple[str, Fold]]:
-    """What the graph of the forward pass shows, where torch.fx can trace it; else nothing."""
+def _traced_pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module, Any]] | None:
+    """Convolution, norm and maybe a ReLU, by the graph of the forward pass; None where torch.fx cannot trace it."""
     try:
-        graph = _Tracer().trace(model)
-    except Exception:  # whatever the model's own code raises when it is run on proxies: then nothing is known
-        return []
+        arguments = inspect.signature(module.forward).parameters.values()
+        defaults = {each.name: each.default for each in arguments if each.default is not inspect.Parameter.empty}
+        graph = _Tracer().trace(module, concrete_args=defaults or None)
+    except Exception:  # whatever the module's own code raises when it is run on proxies: then nothing is known
+        return None
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}  # weights by hand
 
-    def only_user(node: Any, kind: type[nn.Module]) -> Any:
-        """The one node that takes the output, if it is a module of that kind that is called once."""
-        if len(node.users) != 1:
+    def only_user(node: Any) -> Any:
+        """The one node that takes the output, if it is a module that is called once and for nothing else."""
+        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1 or node.target in read:
             return None
         user: Any = next(iter(node.users))
-        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,)
-        return user if alone and isinstance(model.get_submodule(user.target), kind) else None
+        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,) and not user.kwargs
+        return user if alone and user.target not in read else None
 
-    found = []
+    pairs = []
     for node in graph.nodes:
-        if node.op != "call_module" or calls[node.target] != 1:
-            continue
-        norm: Any = only_user(node, nn.BatchNorm2d)
-        if norm is not None:
-            relu: Any = only_user(norm, nn.ReLU)
-            found.append((node.target, Fold(norm.target, None if relu is None else relu.target)))
-    return found
+        if (norm := only_user(node)) is not None:
+            relu = only_user(norm)
+            after = None if relu is None else module.get_submodule(relu.target)
+            pairs.append((module.get_submodule(node.target), module.get_submodule(norm.target), after))
+    return pairs

@@ -32,6 +32,7 @@ class CompressedLayer:
     quantize_weight: LsqWeight | PercentileWeight | FreezingWeight | None
     scores: NMScores | None
     plan: FreezePlan | None
+    skippable: Tensor | None  # what was frozen when the plan was made: a resumed run makes the same one of it
 
     def _configure(self, transforms: Iterable[Transform]) -> None:
         found: dict[type[Any], Any] = {type(transform): transform for transform in transforms}
@@ -46,6 +47,11 @@ class CompressedLayer:
                 self.quantize_input = bounds.to(self.weight.device, _exact(self.weight.dtype))
         if self.sparsity is not None and self.sparsity.method == "lbc":
             self.scores = NMScores(self.weight, self.sparsity.n, self.sparsity.m)
+        frozen = self.quantize_weight.frozen if isinstance(self.quantize_weight, FreezingWeight) else None
+        skippable = None if frozen is None or self.freezing is None else torch.zeros_like(frozen)
+        nn.Module.register_buffer(self, "skippable", skippable)  # type: ignore[arg-type]
+        if skippable is not None:
+            nn.Module.register_load_state_dict_post_hook(self, _plan_again)  # type: ignore[arg-type]
 
     def compressed_weight(self) -> Tensor:
         """The weight that the product is computed with."""
@@ -66,12 +72,21 @@ class CompressedLayer:
 
     def refresh_plan(self) -> None:
         """Looks at what is frozen; the backward pass leaves it out from now on."""
-        if not isinstance(self.quantize_weight, FreezingWeight) or self.freezing is None:
+        if self.skippable is None:
             return
+        assert isinstance(self.quantize_weight, FreezingWeight)
+        self.skippable.copy_(self.quantize_weight.frozen)
+        self.make_plan()
+
+    def make_plan(self) -> None:
+        """Of what was frozen at the last look."""
+        if self.skippable is None:
+            return
+        assert self.freezing is not None
         border = getattr(self, "_reversed_padding_repeated_twice", [0] * 4)
         if border[0] == border[1] and border[2] == border[3]:  # frozen_conv2d pads as much on either side
-            groups, mask = getattr(self, "groups", 1), self.quantize_weight.frozen
-            self.plan = freeze_plan(mask, self.weight.shape, self.freezing.tile, groups=groups)
+            groups = getattr(self, "groups", 1)
+            self.plan = freeze_plan(self.skippable, self.weight.shape, self.freezing.tile, groups=groups)
 
     @property
     def skips(self) -> bool:
@@ -80,6 +95,10 @@ class CompressedLayer:
 
     def describe(self) -> str:
         return ", ".join(str(each) for each in (self.quantization, self.sparsity, self.freezing) if each is not None)
+
+
+def _plan_again(layer: Any, incompatible: Any) -> None:
+    layer.make_plan()
 
 
 class CompressedConv2d(CompressedLayer, nn.Conv2d):

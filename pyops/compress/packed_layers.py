@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tersor._checks import check_window
 from tersor.compress.layers import CompressedConv2d, CompressedLayer, CompressedLinear
 from tersor.compress.quantizers import FreezingWeight, LsqWeight
+from tersor.quantization._quantizer import exact_dtype
 from tersor.quantization.pack_codes import pack_codes, packed_size, unpack_codes
 from tersor.quantization.packed_layers import weight_codes
 from tersor.quantization.quantized_conv2d import PreparedWeight, convolve, prepare_weight
@@ -43,16 +44,23 @@ def codes_of(layer: CompressedLayer) -> Codes:
     assert options is not None
     weight, bits = layer.sparsified_weight(), options.bits
     half = 2 ** (bits - 1)
+    if not weight.isfinite().all():
+        raise ValueError(f"weight must be finite, got {int((~weight.isfinite()).sum())} elements that are not")
+    assert quantizer is not None
+    quantizer(weight)  # which raises where its steps or bounds are none
     if isinstance(quantizer, LsqWeight):
-        codes = torch.round(weight / quantizer.scale).clamp(-half, half - 1)
+        # In the precision that the quantiser computes in, so that nothing is rounded to another level.
+        scale = quantizer.scale.to(exact_dtype(weight.dtype))
+        codes = torch.round((weight.to(scale.dtype) / scale).clamp(-half, half - 1))
         stored = (codes + half).to(torch.uint8)
-        return Codes(stored, bits, 1, -half, 0.0, quantizer.scale.flatten().float())
+        return Codes(stored, bits, 1, -half, 0.0, scale.flatten().float())
     if isinstance(quantizer, FreezingWeight):
-        levels = quantizer(weight) / quantizer.half_range  # from -1 to 1
+        lower, upper = (bound.to(exact_dtype(weight.dtype)) for bound in (quantizer.lower, quantizer.upper))
         top = 2**bits - 1
-        stored = torch.round((levels + 1) * (top / 2)).to(torch.uint8)
-        return Codes(stored, bits, 2, -top, 0.0, (quantizer.half_range / top).flatten().float())
-    found = weight_codes(weight, bits, "percentile", quantizer.percentile)  # type: ignore[union-attr]
+        places = (quantizer.effective(weight).to(lower.dtype) - lower) / (upper - lower)
+        stored = torch.round(places.clamp(0, 1) * top).to(torch.uint8)
+        return Codes(stored, bits, 2, -top, 0.0, ((upper - lower) / 2 / top).flatten().float())
+    found = weight_codes(weight, bits, "percentile", quantizer.percentile)
     wide = bits + int(bits < 8 and bool((found.codes >= half).any()))  # the extra top level takes one bit more
     stored = (found.codes.short() + half).to(torch.uint8)
     scale = (found.scale[0].double() / found.scale[1].double()).float().reshape(1)
@@ -98,10 +106,12 @@ class _Packed(nn.Module):
         numbers = [found.bits, found.step, found.offset, int(found.zero), input_bits, *(self.pattern or (0, 0))]
         self.register_buffer("codes", pack_codes(stored, found.bits))
         self.register_buffer("index", index)
-        self.register_buffer("scale", found.scale.clone())
+        self.register_buffer("scale", found.scale.detach().clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float().clone())
         self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.int32))
         bounds = layer.quantize_input
+        if bounds is not None and (problem := _bounds_problem(bounds.lower, bounds.upper)):
+            raise ValueError(f"{problem}: run tersor.compress.calibrate_(model, batch) before training")
         for name in ("lower", "upper"):
             value = None if bounds is None else getattr(bounds, name).detach().float().clone()
             self.register_buffer(name, value)
@@ -203,8 +213,8 @@ class _Packed(nn.Module):
         if numbers.shape != self.numbers.shape or numbers.dtype != torch.int32:
             return f"numbers: must be {len(self.NUMBERS)} of int32, got {numbers.dtype} {tuple(numbers.shape)}"
         bits, step, offset, zero, inputs, n, m = numbers.tolist()
-        top = step * (2**bits - 1) + offset if 1 <= bits <= 8 else 128
-        if step not in (1, 2) or not -128 <= offset <= top <= 127 or not -128 <= -zero <= 127:
+        dropped = self.pattern is None or -128 <= -zero <= 127  # the code of a dropped weight
+        if step not in (1, 2) or not 1 <= bits <= 8 or not -128 <= offset <= 0 or not dropped:
             return f"numbers: must be what a packed layer has written, got {numbers.tolist()}"
         fits = (n, m) == (self.pattern or (0, 0)) and (inputs > 0) == (self.lower is not None)
         if not fits or inputs not in (0, *range(2, 9)):
@@ -221,6 +231,8 @@ class _Packed(nn.Module):
                 check_index("index", index, groups, n, m)
             except ValueError as error:
                 return str(error)
+        if problem := self._values_problem(state_dict, prefix, count, bits, step, offset):
+            return problem
         if self.codes.numel() != packed_size(count, bits):
             self.codes = self.codes.new_zeros(packed_size(count, bits))
         for name in ("scale", "bias"):
@@ -231,12 +243,36 @@ class _Packed(nn.Module):
                 setattr(self, name, self.scale.new_zeros(given.shape))
         return ""
 
+    def _values_problem(self, state: dict[str, Any], prefix: str, count: int, *numbers: int) -> str:
+        """What is wrong with codes or numbers that are to be loaded, if anything is."""
+        bits, step, offset = numbers
+        codes = state.get(prefix + "codes")
+        if isinstance(codes, Tensor) and (codes.dtype != torch.uint8 or codes.shape != (packed_size(count, bits),)):
+            shape = (packed_size(count, bits),)
+            return f"codes: must be uint8 of shape {shape}, got {codes.dtype} {tuple(codes.shape)}"
+        if isinstance(codes, Tensor) and count and int(unpack_codes(codes, bits, (count,)).max()) * step + offset > 127:
+            return "codes: must stand for whole numbers of 8 bits"
+        for name in ("scale", "bias", "lower", "upper"):
+            given = state.get(prefix + name)
+            if isinstance(given, Tensor) and not (given.is_floating_point() and given.isfinite().all()):
+                return f"{name}: must be finite and floating point"
+        bounds = state.get(prefix + "lower"), state.get(prefix + "upper")
+        if self.lower is not None and all(isinstance(bound, Tensor) and bound.shape == (1,) for bound in bounds):
+            return _bounds_problem(*bounds)
+        return ""
+
+
+def _bounds_problem(lower: Any, upper: Any) -> str:
+    if bool(lower.isfinite() & upper.isfinite() & (lower < upper)):
+        return ""
+    return f"the input's bounds must be finite and not equal, got {lower.item()} and {upper.item()}"
+
 
 class PackedCompressedConv2d(_Packed):
     """A :class:`CompressedConv2d` for inference, as :func:`tersor.compress.convert_` makes it.
 
     With quantised inputs it computes in whole numbers, see :func:`tersor.quantization.quantized_conv2d`, which states
-    the accuracy. Without, it computes in float with the weight put together.
+    the accuracy; float64 inputs are rounded to float32. Without, it computes in float with the weight put together.
 
     Shape:
         as ``torch.nn.Conv2d``, for batches.
@@ -267,12 +303,11 @@ class PackedCompressedConv2d(_Packed):
             output = output if residual is None else output + residual
             return F.relu(output) if relu else output
         window = (self.stride, padding, self.dilation)
-        name, prepared, end = (
-            "PackedCompressedConv2d",
-            self.prepared_weight(),
-            (self.lower, self.upper, self.input_bits),
-        )
-        return convolve(name, input, prepared, *end, *window, residual=residual, output_relu=relu)
+        name, dtype = "PackedCompressedConv2d", input.dtype
+        if dtype == torch.float64:
+            input, residual = input.float(), None if residual is None else residual.float()
+        quantizer, end = (self.lower, self.upper, self.input_bits), {"residual": residual, "output_relu": relu}
+        return convolve(name, input, self.prepared_weight(), *quantizer, *window, **end).to(dtype)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = self.shape
@@ -296,8 +331,9 @@ class PackedCompressedLinear(_Packed):
             assert self.weight is not None
             bias = None if self.bias is None else self.bias.to(input.dtype)
             return F.linear(input, self.weight.to(input.dtype), bias)
-        name = "PackedCompressedLinear"
-        return multiply(name, input, self.prepared_weight(), self.lower, self.upper, self.input_bits)
+        name, dtype = "PackedCompressedLinear", input.dtype
+        input = input.float() if dtype == torch.float64 else input
+        return multiply(name, input, self.prepared_weight(), self.lower, self.upper, self.input_bits).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]}, {self.shape[0]}, {self.description}"

@@ -18,8 +18,9 @@ from tersor.binary.schedules import recu_tau, reste_o
 from tersor.compress.attention import SWIN, window_attention_of
 from tersor.compress.layers import CompressedLayer, compressed
 from tersor.compress.quantizers import FreezingWeight, InputBounds, LsqWeight
-from tersor.compress.recipe import Recipe, as_recipe
+from tersor.compress.recipe import Recipe, Rule, as_recipe
 from tersor.compress.transforms import Binarize, FakeQuantize, NMSparse, Transform, WindowAttentionByIndex
+from tersor.quantization.quantized_conv2d import MOST_TERMS
 from tersor.sparsity.nm_remove import nm_remove_
 from tersor.sparsity.nm_schedule import nm_schedule
 
@@ -47,7 +48,12 @@ class Compression(nn.Module):
         self.done = 0  # step on the host, so that no call waits for a GPU
         self.converted = False
         self.folded: dict[str, Any] = {}  # convolutions, and what convert_ has put into them
+        self.root = ""  # what the model is called where it is a layer itself
         self.register_load_state_dict_post_hook(_read_step)
+
+    def forward(self, input: Any) -> Any:
+        """The input itself, since a ``torch.nn.Sequential`` calls all that it holds."""
+        return input
 
     def convert(self, folded: dict[str, Any]) -> None:
         """The model has been converted: there are no steps any more."""
@@ -63,12 +69,20 @@ def _read_step(module: Any, incompatible: Any) -> None:
     module.done = module.done if module.converted else int(module.step)
 
 
+def _read_progress(model: nn.Module, incompatible: Any) -> None:
+    """After loading a state dict: what depends on the step and is no tensor."""
+    for compression in model.modules():
+        if isinstance(compression, Compression) and not compression.converted:
+            _set_binary_progress(model, compression)
+
+
 def prepare_(model: nn.Module, recipe: Any, steps: int = 1) -> nn.Module:
     """Replaces layers of a model, in place, by ones that train compressed.
 
     Convolutions (``torch.nn.Conv2d``) and linear layers become :class:`CompressedConv2d` and :class:`CompressedLinear`,
     or with :class:`Binarize` :class:`tersor.ReCUConv2d` and its like. They hold the same parameters, so an optimiser of
-    the model stays valid for these, and a checkpoint of the unprepared model still loads with ``strict=False``.
+    the model stays valid for these, and a checkpoint of the unprepared model still loads with ``strict=False``. The
+    hooks of the replaced layers are left behind.
 
     Then, in this order::
 
@@ -84,7 +98,8 @@ def prepare_(model: nn.Module, recipe: Any, steps: int = 1) -> nn.Module:
     All that a run needs to resume is in the state dict: prepare a model in the same way and load it there.
 
     Args:
-        model: any; a layer that it holds in several places stays one. Before it is wrapped for distributed training.
+        model: any; a layer that it holds in several places stays one, known by the first of its names. Before it is
+            wrapped for distributed training.
         recipe: a :class:`Recipe`, a :class:`Rule`, a transform, or several rules or transforms.
         steps: calls of :func:`step` in the training, by which the schedules go.
 
@@ -107,6 +122,7 @@ def prepare_(model: nn.Module, recipe: Any, steps: int = 1) -> nn.Module:
     if hasattr(model, NAME):
         raise ValueError(f"{name}: model must have no attribute {NAME!r}, got {type(model).__name__} with one")
     plan = _plan(model, recipe)
+    root = type(model).__name__
     for attention in (True, False):  # attention first: its projections then are layers like others
         chosen = [place for place in plan.places if attention == _is_attention(place.transforms)]
         replacements = {id(place.module): _replacement(place.module, place.transforms) for place in chosen}
@@ -115,12 +131,15 @@ def prepare_(model: nn.Module, recipe: Any, steps: int = 1) -> nn.Module:
                 parent._modules[child] = replacements.get(id(module), module)
         model = replacements.get(id(model), model)
     applied = {place.name: place.transforms for place in plan.places}
-    model.add_module(NAME, Compression(recipe, steps, applied, plan.skipped))
+    compression = Compression(recipe, steps, applied, plan.skipped)
+    compression.root = root
+    model.add_module(NAME, compression)
+    model.register_load_state_dict_post_hook(_read_progress)
     for module in model.modules():
         if isinstance(module, CompressedLayer) and module.freezing is not None:
             assert isinstance(module.quantize_weight, FreezingWeight)
             module.quantize_weight.schedule = module.freezing.schedule(steps)
-    _set_progress(model, model.get_submodule(NAME))
+    _set_progress(model, compression)
     return model
 
 
@@ -144,15 +163,15 @@ def _plan(model: nn.Module, recipe: Recipe) -> _Plan:
     replaced = {
         id(module)
         for name, module in modules.items()
-        if _is_swin(module) and (rule := recipe.rule_for(name, module)) and _is_attention(rule.transforms)
+        if _is_swin(module) and (rule := _rule_for(recipe, name, module)) and not _refusal(module, rule.transforms)
     }
     hidden = dict(_read_directly(model, replaced))
     places, skipped = [], {}
     for name, module in modules.items():
-        rule = recipe.rule_for(name, module)
-        if rule is None or not _is_candidate(module, rule.transforms):
+        rule = _rule_for(recipe, name, module)
+        if rule is None:
             continue
-        named = name in rule.exact_names
+        named = rule.names(name)
         if name in ends and not named:
             skipped[name] = "the first or last layer"
             continue
@@ -163,8 +182,15 @@ def _plan(model: nn.Module, recipe: Recipe) -> _Plan:
             skipped[name] = reason
         else:
             places.append(_Place(name, module, rule.transforms))
-    _check_found(recipe, modules, places, skipped)
+    aliases = {alias: module for alias, module in model.named_modules(remove_duplicate=False) if alias not in modules}
+    _check_found(recipe, modules, aliases, places, skipped)
     return _Plan(places, skipped)
+
+
+def _rule_for(recipe: Recipe, name: str, module: nn.Module) -> Rule | None:
+    """The last one that is about such modules and matches."""
+    candidates = (rule for rule in reversed(recipe.rules) if _is_candidate(module, rule.transforms))
+    return next((rule for rule in candidates if rule.matches(name, module)), None)
 
 
 def _is_attention(transforms: tuple[Transform, ...]) -> bool:
@@ -186,27 +212,45 @@ def _refusal(module: Any, transforms: tuple[Transform, ...]) -> str:
     if _is_attention(transforms):
         return window_attention_of(module)[1]
     kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    if type(module).forward is not kind.forward:
+    if not _computes_as(kind, module):
         return f"{type(module).__name__} computes in its own way"
-    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module) or weight is None:
         return "its weight is parametrized"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape before the first forward pass"
     if not module.weight.is_floating_point() or not module.weight.numel():
         return f"its weight must be floating point and not empty, it is {module.weight.dtype}"
     for transform in transforms:
+        if kind is nn.Conv2d and not _is_even(module):
+            return "its padding differs between the sides, which the packed kernels do not do"
         if isinstance(transform, NMSparse):
             inputs = module.weight.shape[1]
             if inputs % transform.m:
                 return f"{transform.m} does not divide its {inputs} inputs{' per group' if kind is nn.Conv2d else ''}"
-        if isinstance(transform, FakeQuantize) and kind is nn.Conv2d:
-            border = module._reversed_padding_repeated_twice
-            if border[0] != border[1] or border[2] != border[3]:
-                return "its padding differs between the sides, which the packed kernels do not do"
+            if len(transforms) == 1 and getattr(module, "padding_mode", "zeros") != "zeros":
+                return f"a sparse float convolution pads with zeros, this one has padding_mode {module.padding_mode!r}"
+        whole = isinstance(transform, FakeQuantize) and transform.bits_of_input != 32
+        if whole and (terms := weight[0].numel()) > MOST_TERMS:
+            return f"a sum in whole numbers has at most {MOST_TERMS} terms, its have {terms}"
         if isinstance(transform, Binarize):
             if transform.method == "recu" and kind is nn.Linear:
                 return "ReCU is for convolutions"
             if kind is nn.Conv2d and module.padding_mode != "zeros":
                 return f"a binary convolution pads with zeros, this one has padding_mode {module.padding_mode!r}"
     return ""
+
+
+def _computes_as(kind: Any, module: Any) -> bool:
+    """Whether its forward pass is that of torch's class, also where a subclass or somebody's patch could differ."""
+    methods = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
+    return all(getattr(type(module), each) is getattr(kind, each) and each not in vars(module) for each in methods)
+
+
+def _is_even(convolution: Any) -> bool:
+    """Whether it pads as much on either side."""
+    border = convolution._reversed_padding_repeated_twice
+    return border[0] == border[1] and border[2] == border[3]
 
 
 def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, str]]:
@@ -224,30 +268,43 @@ def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, 
             yield from ((id(each), reason) for each in module.get_submodule(child).modules())
 
 
-def _check_found(recipe: Recipe, modules: dict[str, nn.Module], places: list[_Place], skipped: dict[str, str]) -> None:
+def _check_found(
+    recipe: Recipe,
+    modules: dict[str, nn.Module],
+    aliases: dict[str, nn.Module],
+    places: list[_Place],
+    skipped: dict[str, str],
+) -> None:
     for rule in recipe.rules:
         for name in rule.exact_names:
+            if name in aliases:
+                first = next((known for known, module in modules.items() if module is aliases[name]), name)
+                raise ValueError(f"prepare_: {name} is one layer with {first}: the recipe must name it so")
             if name not in modules:
                 near = difflib.get_close_matches(name, modules, n=3)
                 hint = f"; near to it are {', '.join(near)}" if near else ""
                 raise ValueError(f"prepare_: recipe must name layers of the model, got {name!r}, which has none{hint}")
-            if rule is recipe.rule_for(name, modules[name]) and not _is_candidate(modules[name], rule.transforms):
+            if rule.matches(name, modules[name]) and not _is_candidate(modules[name], rule.transforms):
                 kind = type(modules[name]).__name__
                 raise ValueError(f"prepare_: {name}: a {kind} cannot take {', '.join(map(str, rule.transforms))}")
+    chosen = {id(_rule_for(recipe, name, module)) for name, module in modules.items()}
     for rule in recipe.rules:
-        layers = rule.layers if callable(rule.layers) else ", ".join(rule.layers)
-        if not any(rule is recipe.rule_for(name, module) for name, module in modules.items()):
-            raise ValueError(
-                f"prepare_: each rule must match a layer, got none for {layers} (layers are such as "
-                f"{', '.join(_examples(modules))})"
-            )
+        if id(rule) not in chosen:
+            _refuse_idle(rule, modules)
     if not places:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(f"prepare_: recipe must change a layer, got one that changes none ({reasons or 'no match'})")
 
 
-def _examples(modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))][:5]
+def _refuse_idle(rule: Rule, modules: dict[str, nn.Module]) -> None:
+    """The error for a rule that holds for nothing."""
+    layers = rule.layers if callable(rule.layers) else ", ".join(rule.layers)
+    candidates = {name: module for name, module in modules.items() if _is_candidate(module, rule.transforms)}
+    if any(rule.matches(name, module) for name, module in candidates.items()):
+        raise ValueError(f"prepare_: each rule must hold for a layer, but later ones match all that {layers} does")
+    kind = "attention to replace is" if _is_attention(rule.transforms) else "layers are such as"
+    examples = ", ".join([*candidates][:5]) or "not there"
+    raise ValueError(f"prepare_: each rule must match a layer, got none for {layers} ({kind} {examples})")
 
 
 def _replacement(module: Any, transforms: tuple[Transform, ...]) -> nn.Module:
@@ -377,10 +434,16 @@ def _set_progress(model: nn.Module, compression: Any) -> None:
             end = max(1, math.ceil(module.sparsity.end * steps))
             removed = nm_schedule(done, module.scores.alpha.shape[1], end, module.sparsity.power)
             _remove_(module.scores, removed)
-        elif isinstance(module, ReCUConv2d):
-            module.set_tau_(recu_tau(min(done, steps - 1), steps))
+    _set_binary_progress(model, compression)
+
+
+def _set_binary_progress(model: nn.Module, compression: Any) -> None:
+    done, steps = min(compression.done, compression.steps - 1), compression.steps
+    for module in model.modules():
+        if isinstance(module, ReCUConv2d):
+            module.set_tau_(recu_tau(done, steps))
         elif isinstance(module, (BinaryConv2d, BinaryLinear)):
-            module.set_o_(reste_o(min(done, steps - 1), steps))
+            module.set_o_(reste_o(done, steps))
 
 
 def _remove_(scores: Any, k: int) -> None:

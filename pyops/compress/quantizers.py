@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tersor.freezing.layers import LtsWeight
 from tersor.freezing.lts_quantize import lts_quantize
+from tersor.quantization._quantizer import exact_dtype
 from tersor.quantization.fake_quantize_bounds import fake_quantize_bounds
 from tersor.quantization.fake_quantize_lsq import fake_quantize_lsq, quant_range
 from tersor.quantization.percentile_bounds import percentile_bounds
@@ -53,6 +54,8 @@ class InputBounds(nn.Module):
     @torch.no_grad()
     def _calibrate(self, input: Tensor) -> None:
         lower, upper = percentile_bounds(input.float(), self.percentile)
+        if not upper > lower:  # as for an input with a few numbers that are not zero
+            lower, upper = (bound.reshape_as(lower) for bound in input.float().aminmax())
         if not upper > lower:  # a constant input: any interval that holds it and 0
             lower, upper = lower.clamp(max=0), upper.clamp(min=0) + (lower == 0) * 1e-3
         self.set_(torch.cat([lower.reshape(1), upper.reshape(1)]))
@@ -79,12 +82,14 @@ class LsqWeight(nn.Module):
     def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        self.scale = nn.Parameter(weight.new_empty(weight.shape[0], *(1,) * (weight.dim() - 1)).detach())
+        shape = (weight.shape[0], *(1,) * (weight.dim() - 1))
+        # Exact also for a weight in half precision, whose steps could be too small for it.
+        self.scale = nn.Parameter(weight.new_empty(shape, dtype=exact_dtype(weight.dtype)).detach())
         self.initialize_(weight)
 
     @torch.no_grad()
     def initialize_(self, weight: Tensor) -> None:
-        mean = weight.abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
+        mean = weight.to(self.scale.dtype).abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
         least = torch.finfo(torch.float32).tiny ** 0.5  # a channel of zeros keeps a positive step
         self.scale.copy_((2 * mean / quant_range(self.bits, True)[1] ** 0.5).clamp(min=least))
 
@@ -145,7 +150,7 @@ class FreezingWeight(LtsWeight):
     def move_on(self, weight: Tensor) -> None:
         """A step of the schedule: distances move, and what has settled freezes."""
         if self.schedule is not None:
-            self.quantize(weight, self.schedule)
+            lts_quantize(weight.detach(), self.state, self.lower, self.upper, self.bits, self.schedule)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -33,7 +33,7 @@ class Rule:
         layers: names of layers as in ``model.named_modules()``, with the wildcards of ``fnmatch`` (``*`` also spans
             dots), one or several; or a predicate that is given the name and the module. A name without wildcards must
             exist and take the transforms; a layer that a wildcard or predicate finds and that cannot take them stays as
-            it is, and the report says why.
+            it is, and the report says why. What is a layer's very name stands for it, whatever signs are in it.
         exclude: likewise, layers that the rule leaves alone.
     """
 
@@ -53,15 +53,22 @@ class Rule:
 
     @property
     def exact_names(self) -> tuple[str, ...]:
-        """The names without wildcards."""
+        """The names without wildcards, which have to be a model's."""
         if callable(self.layers):
             return ()
         return tuple(pattern for pattern in self.layers if not any(sign in pattern for sign in "*?["))
+
+    def names(self, name: str) -> bool:
+        """Whether it lists that very name, also one that could be taken for a pattern."""
+        return not callable(self.layers) and name in self.layers
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Recipe:
     """Rules, of which the last one that matches a layer holds for it.
+
+    Rules with :class:`WindowAttentionByIndex` are about attention, all others about convolutions and linear layers;
+    neither stands in the way of the other.
 
     Args:
         *rules: :class:`Rule` objects, or transforms, which together make one rule for all layers.
@@ -105,9 +112,6 @@ class Recipe:
                 raise TypeError(f"Recipe: {name} must be a bool, got {type(value).__name__}")
             object.__setattr__(self, name, value)
 
-    def rule_for(self, name: str, module: nn.Module) -> Rule | None:
-        return next((rule for rule in reversed(self.rules) if rule.matches(name, module)), None)
-
     @classmethod
     def from_toml(cls, source: str | os.PathLike[str]) -> Recipe:
         """Reads a file, if ``source`` is a path or a string that ends in ``.toml``, or else the text itself.
@@ -116,15 +120,17 @@ class Recipe:
             OSError: the file cannot be read.
             ValueError, TypeError: it is not TOML, or not a recipe; the message says which key.
         """
-        text, where = source, "recipe"
-        if isinstance(source, os.PathLike) or source.endswith(".toml"):
-            where = os.fspath(source)
-            with open(source, encoding="utf-8") as file:
-                text = file.read()
-        assert isinstance(text, str)
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"Recipe.from_toml: source must be a path or text, got {type(source).__name__}")
+        text, where = os.fspath(source), "recipe"
+        from_file = isinstance(source, os.PathLike) or text.endswith(".toml")
         try:
+            if from_file:
+                where = os.fspath(source)
+                with open(source, encoding="utf-8") as file:
+                    text = file.read()
             return cls.from_dict(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{where}: not TOML: {error}") from None
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
@@ -181,7 +187,7 @@ def as_recipe(where: str, recipe: Any) -> Recipe:
 def _patterns(argument: str, layers: Any) -> tuple[str, ...] | Predicate:
     if callable(layers):
         return layers
-    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    patterns = (layers,) if isinstance(layers, str) or not isinstance(layers, Iterable) else tuple(layers)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"Rule: {argument} must be names, a predicate, or none, got {layers!r}")
     return patterns
@@ -190,10 +196,12 @@ def _patterns(argument: str, layers: Any) -> tuple[str, ...] | Predicate:
 def _matches(layers: tuple[str, ...] | Predicate, name: str, module: nn.Module) -> bool:
     if callable(layers):
         return bool(layers(name, module))
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in layers)
 
 
 def _check_keys(where: str, contents: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    if not isinstance(contents, Mapping):
+        raise TypeError(f"{where} must be a table, got {type(contents).__name__}")
     if unknown := [key for key in contents if key not in allowed]:
         raise ValueError(f"{where}: keys must be of {', '.join(allowed)}, got {', '.join(map(str, unknown))}")
 

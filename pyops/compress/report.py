@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.binary.layers import BinaryLayer
+from tersor.binary.pack_signs import PackedSigns
 from tersor.binary.packed_layers import PackedBinaryConv2d, PackedBinaryLinear, PackedWeightConv2d
 from tersor.compress.layers import CompressedLayer
 from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompressedLinear
@@ -116,7 +117,7 @@ def report(model: nn.Module, *example: Any, **more: Any) -> Report:
     macs = _macs(model, *example, **more) if example or more else {}
     rows = []
     for name, module in model.named_modules():
-        if (found := _row(name or type(module).__name__, module, compression)) is not None:
+        if (found := _row(name or compression.root, module, compression)) is not None:
             rows.append(dataclasses.replace(found, macs=macs.get(id(module))) if macs else found)
     return Report(tuple(rows), compression.done, compression.steps)
 
@@ -187,10 +188,14 @@ def _macs(model: nn.Module, *example: Any, **more: Any) -> dict[int, int]:
     found: dict[int, int] = {}
 
     def count(module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim():
-            shape = tuple(module.shape) if hasattr(module, "shape") else _shape(module)
-            terms = torch.Size(shape[1:]).numel()
-            found[id(module)] = found.get(id(module), 0) + output.numel() // output.shape[0] * terms
+        shape = tuple(module.shape) if hasattr(module, "shape") else _shape(module)
+        if isinstance(output, PackedSigns):
+            outputs = output.channels * output.words[0, 0, :, :, 0, 0].numel()
+        elif isinstance(output, Tensor) and output.dim():
+            outputs = output.numel() // max(output.shape[0], 1)
+        else:
+            return
+        found[id(module)] = found.get(id(module), 0) + outputs * torch.Size(shape[1:]).numel()
 
     kinds = (CompressedLayer, BinaryLayer, *PACKED, *PACKED_BINARY, nn.Conv2d, nn.Linear)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]

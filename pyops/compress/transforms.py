@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -93,8 +94,8 @@ class NMSparse:
         _check_number(name, decay=self.decay)
         if as_int(name, power=self.power) < 1:
             raise ValueError(f"{name}: power must be at least 1, got {self.power}")
-        if not self.decay >= 0:
-            raise ValueError(f"{name}: decay must be at least 0, got {self.decay}")
+        if not 0 <= self.decay < math.inf:
+            raise ValueError(f"{name}: decay must be finite and at least 0, got {self.decay}")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m} {self.method}"
@@ -132,6 +133,8 @@ class Freeze:
             raise ValueError(f"{name}: warmup must be below 1 for growth {self.growth!r}, got {self.warmup}")
         if as_int(name, every=self.every) < 1:
             raise ValueError(f"{name}: every must be at least 1, got {self.every}")
+        if not isinstance(self.tile, (tuple, list)):
+            raise TypeError(f"{name}: tile must be two ints, got {type(self.tile).__name__}")
         object.__setattr__(self, "tile", tuple(self.tile))  # TOML and JSON have lists
         self.schedule(2)  # which checks the others
 

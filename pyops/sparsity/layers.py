@@ -28,17 +28,21 @@ class _Scores:
         start = 1 / math.comb(self.m - 1, self.n - 1)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.alpha = nn.Parameter(torch.full((groups, combinations), start, dtype=dtype, device=weight.device))
-        self._mask: tuple[Tensor, int] | None = None
+        self._mask: tuple[Tensor, tuple[int, int]] | None = None  # and of which state of the scores it is
 
     def remove_(self, k: int) -> None:
         """Removes the k lowest scores of each group, see :func:`nm_remove_`; the next forward pass uses its mask."""
         mask = nm_remove_(self.alpha, k, self.n, self.m)
-        self._mask = mask, self.alpha._version
+        self._mask = mask, self._state()
+
+    def _state(self) -> tuple[int, int]:
+        """Differs after a change, and for a copy, which counts its changes from 0 again."""
+        return self.alpha._version, self.alpha.data_ptr()
 
     def _sparsify(self, weight: Tensor) -> Tensor:
         mask = None
         if not torch.compiler.is_compiling() and self._mask is not None:
-            if self._mask[1] == self.alpha._version and self._mask[0].device == self.alpha.device:
+            if self._mask[1] == self._state() and self._mask[0].device == self.alpha.device:
                 mask = self._mask[0]
             else:
                 self._mask = None  # the scores have changed since

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor._checks import check_window
 from tersor.sparsity.layers import NMConv2d, NMLinear, NMScores, SrSte
-from tersor.sparsity.nm_matmul import check_activation, nm_matmul
+from tersor.sparsity.nm_matmul import ACTIVATIONS, check_activation, nm_matmul
 from tersor.sparsity.nm_pack import check_index, nm_pack
 from tersor.sparsity.nm_packed_conv2d import nm_packed_conv2d
 from tersor.sparsity.nm_pattern import check_pattern
@@ -85,6 +86,8 @@ class PackedNMLinear(_Packed):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.values.dtype == torch.float64:  # which the kernels do not take
+            return ACTIVATIONS[self.activation](F.linear(input, self.dense_weight(), self.bias))
         return nm_matmul(input, self.values, self.index, self.n, self.m, self.bias, self.activation)
 
     def dense_weight(self) -> Tensor:
@@ -152,6 +155,9 @@ class PackedNMConv2d(_Packed):
         self.stride, self.padding, self.dilation = check_window("PackedNMConv2d", layer.stride, amounts, layer.dilation)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.values.dtype == torch.float64:
+            window = (self.stride, self.padding, self.dilation, self.groups)
+            return ACTIVATIONS[self.activation](F.conv2d(input, self.dense_weight(), self.bias, *window))
         return nm_packed_conv2d(
             input,
             self.values,
@@ -251,14 +257,19 @@ def convert_(model: nn.Module, fold_norms: bool = False) -> nn.Module:
 def norm_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | bool | None]]:
     """Each convolution with its norm, and the ReLU after that: a module, True for one in a forward pass, or None."""
     for module in model.modules():
-        if callable(pairs := getattr(module, "norm_pairs", None)):
-            for layer, norm, relu in pairs():
-                yield module.get_submodule(layer), module.get_submodule(norm), relu or None
-        if type(module).forward is nn.Sequential.forward:
-            children: list[nn.Module | None] = [*module.children(), None]
-            for layer, norm, after in zip(children, children[1:], [*children[2:], None], strict=False):
-                if layer is not None and norm is not None:
-                    yield layer, norm, after if isinstance(after, nn.ReLU) else None
+        yield from own_norm_pairs(module)
+
+
+def own_norm_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | bool | None]]:
+    """:func:`norm_pairs` that the module itself knows of."""
+    if callable(pairs := getattr(module, "norm_pairs", None)):
+        for layer, norm, relu in pairs():
+            yield module.get_submodule(layer), module.get_submodule(norm), relu or None
+    if type(module).forward is nn.Sequential.forward:
+        children: list[nn.Module | None] = [*module._modules.values(), None]
+        for layer, norm, after in zip(children, children[1:], [*children[2:], None], strict=False):
+            if layer is not None and norm is not None:
+                yield layer, norm, after if isinstance(after, nn.ReLU) else None
 
 
 def _pattern(layer: nn.Module) -> tuple[int, int] | None:
