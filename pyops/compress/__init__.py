@@ -3,7 +3,7 @@
 from tersor.compress.artefact import Artefact, ArtefactError, load, read, save
 from tersor.compress.convert import convert_
 from tersor.compress.layers import CompressedConv2d, CompressedLinear
-from tersor.compress.package import compile_package
+from tersor.compress.package import compile_package, load_package
 from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompressedLinear
 from tersor.compress.prepare import Compression, calibrate_, parameter_groups, prepare_, step
 from tersor.compress.recipe import Recipe, Rule
@@ -34,6 +34,7 @@ __all__ = [
     "convert_",
     "first_tensor",
     "load",
+    "load_package",
     "parameter_groups",
     "prepare_",
     "read",

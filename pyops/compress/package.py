@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ def compile_package(
     The file holds machine code and all tensors, and runs where torch and tersor are installed, without the model's own
     code and without compiling anything::
 
-        import torch, tersor  # which registers the operators
+        from tersor.compress import load_package
 
-        run = torch._inductor.aoti_load_package("model.pt2")
+        run = load_package("model.pt2")
         logits = run(images)
 
     It is bound to this version of torch, to this processor's instruction set, and to the device that the model is on;
@@ -70,6 +71,32 @@ def compile_package(
     program = _exported(model, given, dynamic_shapes)
     _check_compiler(name)
     return torch._inductor.aoti_compile_and_package(program, package_path=where)
+
+
+def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """What :func:`compile_package` made, ready to run: takes the inputs and returns the model's output.
+
+    It is ``torch._inductor.aoti_load_package`` in a process that has imported tersor, which registers the operators;
+    and has inputs of other shapes and dtypes than the file is for refused with a RuntimeError, which torch by default
+    does not look at. For that it sets ``AOTI_RUNTIME_CHECK_INPUTS=1`` in the environment, unless it is set.
+
+    Args:
+        path: of the file. Trust it as you would a program: loading it runs its code.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no such file, or of another version of torch or another kind of machine.
+    """
+    where = os.fspath(path)
+    with open(where, "rb"):
+        pass  # so that a missing file is an OSError like elsewhere
+    if not zipfile.is_zipfile(where):
+        raise ValueError(f"load_package: {where}: not a file that compile_package wrote, or damaged")
+    os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
+    try:
+        return torch._inductor.aoti_load_package(where)
+    except RuntimeError as error:
+        raise ValueError(f"load_package: {where}: cannot be loaded here: {error}") from error
 
 
 @torch.no_grad()
