@@ -98,7 +98,7 @@ class _Packed(nn.Module):
         numbers = [found.bits, found.step, found.offset, int(found.zero), input_bits, *(self.pattern or (0, 0))]
         self.register_buffer("codes", pack_codes(stored, found.bits))
         self.register_buffer("index", index)
-        self.register_buffer("scale", found.scale.clone())
+        self.register_buffer("scale", found.scale.detach().clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float().clone())
         self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.int32))
         bounds = layer.quantize_input
