@@ -15,17 +15,8 @@ from torch import Tensor, nn
 from tersor import compress
 from tersor.compress.layers import CompressedLayer
 
-# Each transform once, on one model or the other. The ViT has no convolutions between its ends, which ReCU is for.
-CASES = [
-    ("vit", "lsq"),
-    ("resnet", "ddtb"),
-    ("vit", "lts"),
-    ("vit", "srste"),
-    ("resnet", "lbc"),
-    ("resnet", "recu"),
-    ("vit", "reste"),
-    ("vit", "ste"),
-]
+# Each transform once, on one model or the other; with levels of "lts" below. The ViT has no convolutions between its ends, which ReCU is for.
+CASES = [("vit", "lsq-srste"), ("resnet", "ddtb-lbc"), ("resnet", "recu"), ("vit", "reste")]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +49,7 @@ def train_both(model: nn.Module, compiled: Any, seeds: range) -> list[float]:
     found = []
     for seed in seeds:
         losses = []
-        for (each, called), optimizer in zip(models, optimizers, strict=True):
+        for (_, called), optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             losses.append(loss_of(called, seed))
             losses[-1].backward()
@@ -76,7 +67,7 @@ def test_training_compiles_once_and_evaluation_once(kind: str, transforms: str) 
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     # The same operators in the same order; of ReSTE's gradient a compiled graph has the formula in plain torch.
     bound = 1e-5 if transforms == "reste" else 0.0
-    assert max(train_both(model, compiled, range(4))) <= bound
+    assert max(train_both(model, compiled, range(3))) <= bound
     assert counter.frame_count == 1
     model.eval()
     with torch.no_grad():
@@ -112,10 +103,7 @@ def test_inductor_gives_the_eager_results_but_for_rounding() -> None:
         torch.testing.assert_close(compiled(images(4, 9)), expected, rtol=0, atol=0.01 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(
-    ("kind", "transforms"),
-    [("resnet", "all"), ("vit", "ddtb"), ("resnet", "srste"), ("vit", "lbc"), ("resnet", "recu")],
-)
+@pytest.mark.parametrize(("kind", "transforms"), [("resnet", "all"), ("vit", "srste"), ("resnet", "recu")])
 def test_a_converted_model_takes_any_batch_without_compiling_anew(kind: str, transforms: str) -> None:
     model = compress.convert_(trained(kind, transforms))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

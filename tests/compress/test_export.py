@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ BATCH = torch.export.Dim("batch", min=1, max=512)
 @pytest.fixture(scope="module")
 def models() -> dict[str, torch.nn.Module]:
     """Both models with every transform between them, before and after conversion."""
-    cases = [("resnet", "lsq-srste"), ("resnet", "all"), ("resnet", "recu"), ("vit", "lbc"), ("vit", "srste")]
-    cases += [("vit", "ddtb-lbc"), ("vit", "weight"), ("vit", "reste")]
+    cases = [("resnet", "all"), ("resnet", "recu"), ("vit", "lsq-srste"), ("vit", "weight"), ("vit", "reste")]
     model = trained_several(cases)
     return {"prepared": model, "converted": compress.convert_(trained_several(cases))}
 
@@ -29,13 +29,12 @@ def trained_several(cases: list[tuple[str, str]]) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("stage", ["prepared", "converted"])
+@pytest.mark.parametrize(("stage", "strict"), [("prepared", False), ("converted", False), ("converted", True)])
 def test_any_batch(models: dict[str, torch.nn.Module], stage: str, strict: bool) -> None:
     model = models[stage]
     with torch.no_grad():
         program = torch.export.export(model, (images(4),), dynamic_shapes=({0: BATCH},), strict=strict)
-        for batch in (1, 4, 7):
+        for batch in (1, 7):
             expected, actual = model(images(batch, 1)), program.module()(images(batch, 1))
             assert all(actual[name].equal(output) for name, output in expected.items())
     targets = {str(node.target) for node in program.graph.nodes}
@@ -50,6 +49,11 @@ def test_a_program_survives_its_file(models: dict[str, torch.nn.Module], tmp_pat
         torch.export.save(program, tmp_path / "program.pt2")
         actual, expected = torch.export.load(tmp_path / "program.pt2").module()(images(4, 2)), model(images(4, 2))
     assert all(actual[name].equal(output) for name, output in expected.items())
+
+
+def test_no_tensor_of_a_converted_model_has_a_gradient(models: dict[str, torch.nn.Module]) -> None:
+    assert not [name for name, buffer in models["converted"].named_buffers() if buffer.requires_grad]
+    copy.deepcopy(models["converted"])  # which refuses tensors that were computed with one
 
 
 def test_the_forward_pass_of_training_exports_too() -> None:
