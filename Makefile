@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 TEST_OPTIONS ?= -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench gpu lint wheel clean
+.PHONY: demo test bench docs gpu lint wheel clean
 
 demo: .venv/native
 	$(PY) -m tersor.models.train_digits --output demo
@@ -22,6 +22,12 @@ test: .venv/native
 
 bench: .venv/native
 	$(PY) bench/run.py
+
+# The site, into build/docs; a warning is an error. The build itself needs no network.
+docs: .venv/docs .venv/native
+	rm -rf build/docs
+	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "open build/docs/index.html"
 
 # On a CUDA machine, with the python that holds its torch (no virtual environment, no network).
 gpu:
@@ -38,13 +44,18 @@ wheel: .venv/native
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:
-	rm -rf build dist *.egg-info pyops/*.so pyops/_build.json
+	rm -rf build dist *.egg-info docs/api pyops/*.so pyops/_build.json
 
 # torch comes first and alone, so that no other requirement picks its version. The C++ is built once, in the next rule.
 .venv/ready: constraints.txt pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch setuptools wheel pybind11
 	TERSOR_NATIVE=0 $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The package is there already, so that only what its extra asks for is installed.
+.venv/docs: .venv/ready
+	$(PY) -m pip install -q -c constraints.txt "tersor[docs]"
 	touch $@
 
 .venv/native: .venv/ready $(SOURCES)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tersor.models import _binary_data
+from tersor.models import _patches
 
 BATCHES = (1, 64)
 IMAGES = 64  # of a measurement
@@ -21,7 +21,7 @@ Speeds = dict[str, dict[int, float]]  # of every network and batch: patches a se
 def measure(networks: Mapping[str, nn.Module], rounds: int, threads: int) -> Speeds:
     """The medians of the rounds. All networks take turns, so that a disturbance of the machine meets all."""
     torch.set_num_threads(threads)
-    batches = {size: _binary_data.fixed_set("test", IMAGES)[0].split(size) for size in BATCHES}
+    batches = {size: _patches.fixed_set("test", IMAGES)[0].split(size) for size in BATCHES}
     times: dict[tuple[str, int], list[float]] = {(name, size): [] for name in networks for size in BATCHES}
     for name, size in times:
         _seconds(networks[name], batches[size][:2])  # warms up

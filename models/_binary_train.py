@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.binary import BinaryConv2d, BinarySchedule, ReCUConv2d, ReSTEConv2d, convert_
-from tersor.models import _binary_data
+from tersor.models import _patches
 from tersor.models._digits import read_safetensors, write_safetensors
 from tersor.models._training_state import load_state, save_state
 from tersor.models.binary_resnet import resnet20_bireal_reste, resnet20_recu
@@ -80,7 +80,7 @@ class Config:
     def _network(self, method: str) -> nn.Module:
         torch.manual_seed(self.seed)
         make = BLOCKS[self.block]
-        return make(_binary_data.CLASSES, self.width, _binary_data.CHANNELS, conv=LAYERS[method])
+        return make(_patches.CLASSES, self.width, _patches.CHANNELS, conv=LAYERS[method])
 
 
 @dataclasses.dataclass
@@ -113,7 +113,7 @@ class Run:
         losses = []
         for step in range(config.iterations):
             self._set_rate(epoch * config.iterations + step)
-            images, labels = _binary_data.draw(config.batch_size, generator)
+            images, labels = _patches.draw(config.batch_size, generator)
             loss = F.cross_entropy(model(images), labels)
             self.optimizer.zero_grad()
             loss.backward()
@@ -160,7 +160,7 @@ def load_model(config: Config, output: Path) -> nn.Module:
 def predict(model: nn.Module, config: Config) -> tuple[Tensor, Tensor]:
     """Logits of the patches that judge in eval mode, and labels."""
     model.eval()
-    images, labels = _binary_data.fixed_set(config.part, config.patches)
+    images, labels = _patches.fixed_set(config.part, config.patches)
     return torch.cat([model(batch) for batch in images.split(256)]), labels
 
 

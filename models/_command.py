@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,20 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
     paired = [a - b for a, b in zip(ours, theirs, strict=True)]
     noise = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
     return statistics.fmean(paired), noise
+
+
+def median_milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Of each call. All take turns, so that a disturbance of the machine meets all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(3):
+            call()  # warms up
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def about() -> dict[str, str]:

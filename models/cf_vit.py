@@ -331,11 +331,14 @@ class CFLVViT(CFViT):
 
     Args:
         mix_token: whether in training a box of patches is exchanged between the images of the batch.
-        Others as for :class:`CFViT`.
+
+    The other arguments are those of :class:`CFViT`.
 
     Shape:
         ``(B, in_chans, 32 * grid, 32 * grid)`` to two times ``(B, num_classes)``; in training to two times what
         :func:`token_label_loss` takes: ``(B, num_classes)``, ``(B, tokens of the grid, num_classes)`` and the box.
+
+    Source: Chen et al., arXiv 2203.03821.
     """
 
     embedding = ConvStem

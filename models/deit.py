@@ -35,6 +35,8 @@ class DeiT(nn.Module):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: Touvron et al., arXiv 2012.12877.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class DeiT(nn.Module):
                 f"DeiT: input must be {self.image_size} high and wide, got {input.shape[2]} x {input.shape[3]}"
             )
         tokens = self.patch_embed(input)
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.pos_embed
         blocks: list[Any] = list(self.blocks)
         for block in blocks[:-1]:
             x = block(x)

@@ -66,6 +66,8 @@ class DilateFormer(nn.Module):
 
     Raises:
         TypeError, ValueError: options that do not fit each other, or an input of another shape or dtype.
+
+    Source: Jiao et al., arXiv 2302.01791.
     """
 
     def __init__(

@@ -42,6 +42,8 @@ class EDSR(SuperResolution):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: Lim et al., arXiv 1707.02921; its low-bit blocks Zhong et al., arXiv 2203.03844.
     """
 
     def __init__(

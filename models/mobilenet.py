@@ -96,6 +96,8 @@ class MobileNet(nn.Module):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: arXiv 1704.04861 (v1), arXiv 1801.04381 (v2).
     """
 
     def __init__(

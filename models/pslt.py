@@ -233,6 +233,8 @@ class PSLT(Trunk):
 
     Raises:
         TypeError, ValueError: options that do not fit each other, or an input of another shape or dtype.
+
+    Source: Wu et al., arXiv 2304.03481.
     """
 
     def __init__(
@@ -285,8 +287,8 @@ class PSLTBackbone(Trunk):
 
     Args:
         out_indices: which of the maps are given; their ``strides`` are 4, 8, 16 and 32, with :attr:`out_channels`.
-        embed_dim, conv_depths, depths, num_heads, window_size, mlp_ratio, reduce_scale, qkv_bias, drop_path, in_chans,
-            block: as for :class:`PSLT`.
+
+    The other arguments are those of :class:`PSLT`.
 
     Shape:
         ``(B, in_chans, H, W)`` to a list of ``(B, C', H', W')`` with ``H' = ceil(H / stride)``, in channels-last
@@ -294,6 +296,8 @@ class PSLTBackbone(Trunk):
 
     Raises:
         TypeError, ValueError: options that do not fit each other, or an input of another shape or dtype.
+
+    Source: Wu et al., arXiv 2304.03481.
     """
 
     def __init__(

@@ -43,6 +43,8 @@ class RDN(SuperResolution):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: Zhang et al., arXiv 1802.08797; its low-bit blocks Zhong et al., arXiv 2203.03844.
     """
 
     pairs = (("act", "GFF.0", False),)  # GFF.1 has no activation of its own

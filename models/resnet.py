@@ -49,12 +49,16 @@ class BasicBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = _relu(self.conv1, self.bn1(self.conv1(input)))
-        return F.relu(self.bn2(self.conv2(x)) + _shortcut(self, input))
+        return _added(self.conv2, self.bn2, x, _shortcut(self, input))
 
     def norm_pairs(self) -> Iterator[tuple[str, str, bool]]:
-        """For :func:`tersor.sparsity.convert_`: convolution, its norm, and whether a ReLU comes next."""
+        """For conversions: convolution, its norm, and whether a ReLU comes next."""
         yield "conv1", "bn1", True
         yield "conv2", "bn2", False
+
+    def residual_convs(self) -> Iterator[str]:
+        """For :func:`tersor.compress.convert_`: where a residual and a ReLU come after the norm."""
+        yield "conv2"
 
 
 class Bottleneck(nn.Module):
@@ -78,7 +82,7 @@ class Bottleneck(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         x = _relu(self.conv1, self.bn1(self.conv1(input)))
         x = _relu(self.conv2, self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + _shortcut(self, input))
+        return _added(self.conv3, self.bn3, x, _shortcut(self, input))
 
     def norm_pairs(self) -> Iterator[tuple[str, str, bool]]:
         """As :meth:`BasicBlock.norm_pairs`."""
@@ -86,10 +90,21 @@ class Bottleneck(nn.Module):
         yield "conv2", "bn2", True
         yield "conv3", "bn3", False
 
+    def residual_convs(self) -> Iterator[str]:
+        """As :meth:`BasicBlock.residual_convs`."""
+        yield "conv3"
+
 
 def _relu(convolution: nn.Module, x: Tensor) -> Tensor:
     """Of what came from the convolution, unless a packed one has done it."""
     return x if getattr(convolution, "activation", None) == "relu" else F.relu(x)
+
+
+def _added(convolution: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """relu(norm(convolution(x)) + residual); in one pass by a packed convolution that can."""
+    if getattr(convolution, "adds_residual", False):
+        return convolution(x, residual)
+    return F.relu(norm(convolution(x)) + residual)
 
 
 def _add_shortcut(block: nn.Module, name: str, before: int, after: int, stride: int, conv: Layer) -> str | None:
@@ -138,6 +153,8 @@ class ResNet(nn.Module):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: He et al., arXiv 1512.03385.
     """
 
     def __init__(
@@ -206,6 +223,11 @@ class ResNet(nn.Module):
         x = self._pooled(x)
         x = x if self.norm_name is None else getattr(self, self.norm_name)(x)
         return getattr(self, self.classifier_name)(x)
+
+    def norm_pairs(self) -> Iterator[tuple[str, str, bool]]:
+        """The stem's, as :meth:`BasicBlock.norm_pairs`; its ReLU, if any, stays."""
+        if not self.activation_first:
+            yield *self.stem_names, False
 
     def _stem(self, input: Tensor) -> Tensor:
         conv, norm = (getattr(self, name) for name in self.stem_names)

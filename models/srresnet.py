@@ -31,6 +31,8 @@ class SRResNet(SuperResolution):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: Ledig et al., arXiv 1609.04802; its low-bit blocks Zhong et al., arXiv 2203.03844.
     """
 
     def __init__(

@@ -168,12 +168,15 @@ class SuperLVViT(SuperViT):
 
     Args:
         mix_token: whether in training a box of patches is exchanged between the images of the batch.
-        Others as for :class:`SuperViT`.
+
+    The other arguments are those of :class:`SuperViT`.
 
     Shape:
         ``(B, in_chans, H, W)`` to ``(B, num_classes)``: the class token's logits plus a quarter of the other kept
         tokens' largest. In training those of the class token alone; for the last size with ``keep_rate`` 1 what
         :func:`token_label_loss` takes: ``(B, num_classes)``, ``(B, tokens, num_classes)`` and the box.
+
+    Source: Lin et al., arXiv 2205.11397.
     """
 
     embedding = ConvStem

@@ -41,6 +41,8 @@ class VGGSmall(nn.Module):
 
     Raises:
         TypeError, ValueError: an option or the input is not as stated.
+
+    Source: as in Xu et al., arXiv 2103.12369, and Wu et al., arXiv 2308.06689.
     """
 
     def __init__(

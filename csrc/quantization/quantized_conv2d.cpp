@@ -28,7 +28,7 @@ struct Quantizer {
   float scale, zero, least, greatest;
   int32_t half;
   int64_t pad;      // the code that stands for 0 around the image,
-  double residual;  // and what it is too much by, in codes
+  double excess;    // and what it is too much by, in codes
   double shift;
 };
 
@@ -45,6 +45,8 @@ struct Task {
   const void* weight;
   const int32_t* weight_sums;  // [O][taps]
   const float *weight_scale, *weight_zero, *bias;
+  const void* residual;  // with the output's dtype and strides; or none
+  bool output_relu;
   const Quantizer* quantizers;
   int64_t quantizer_count;
   Multiply multiply;
@@ -134,7 +136,7 @@ Quantizer quantizer(float lower, float upper, int64_t bits, bool relu) {
   if (relu) q.least = std::min(std::max(q.least, 0.0f * q.scale - q.zero), q.greatest);
   q.shift = static_cast<double>(q.zero) - half;
   q.pad = static_cast<int64_t>(std::min(std::max(-q.shift, 0.0), 255.0));
-  q.residual = static_cast<double>(q.pad) + q.shift;
+  q.excess = static_cast<double>(q.pad) + q.shift;
   return q;
 }
 
@@ -281,17 +283,27 @@ Tensor new_output(const Task& task, const Tensor& input, bool channels_last) {
   return torch::stable::transpose(torch::stable::transpose(points, 1, 3), 2, 3);
 }
 
+void check_residual(const Tensor& residual, const Tensor& output) {
+  bool same = residual.is_cpu() && residual.scalar_type() == output.scalar_type() && residual.dim() == 4;
+  for (int64_t i = 0; same && i < 4; ++i) {
+    same = residual.size(i) == output.size(i) && (output.size(i) < 2 || residual.stride(i) == output.stride(i));
+  }
+  STD_TORCH_CHECK(same, "residual must be a CPU tensor of the output's dtype, shape and strides");
+}
+
 Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& weight_sums, const Tensor& weight_scale,
                const std::optional<Tensor>& weight_zero, const Tensor& lower, const Tensor& upper,
-               const std::optional<Tensor>& bias, int64_t bits, const std::vector<int64_t>& stride,
-               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool relu,
-               bool channels_last) {
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t bits,
+               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+               const std::vector<int64_t>& dilation, bool relu, bool output_relu, bool channels_last) {
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "quantized_conv2d: input must be float16, bfloat16 or float32");
   Task task = make_task(input, weight, weight_sums, stride, padding, dilation);
   const std::vector<Quantizer> all = quantizers(lower, upper, task.batch, bits, relu);
   Tensor output = new_output(task, input, channels_last);
+  if (residual) check_residual(*residual, output), task.residual = residual->const_data_ptr();
+  task.output_relu = output_relu;
   if (task.batch == 0) return output;
   const auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
   const Tensor x = input.stride(3) == 1 || input.size(3) == 1 || input.stride(1) == 1 ? input : dense(input);

@@ -282,10 +282,11 @@ TERSOR_INLINE Vec<double> to_double(const N* p) {
 }
 
 // factor (sums of products + constant + zero * sums of codes - outside) + bias; float64 holds all but the end exactly.
-// `sums` and `outside` may be missing.
+// Then the residual is added, and what is negative becomes 0. `sums`, `outside` and `residual` may be missing.
 template <class T>
 TERSOR_INLINE void put_row(const int32_t* products, const float* sums, const double* outside, double factor,
-                           double constant, double zero, double bias, int64_t count, T* output) {
+                           double constant, double zero, double bias, const T* residual, bool relu, int64_t count,
+                           T* output) {
   constexpr int half = LANES / 2;
   for (int64_t x = 0; x < count; x += LANES) {
     Vec<double> part[2];
@@ -295,7 +296,11 @@ TERSOR_INLINE void put_row(const int32_t* products, const float* sums, const dou
       if (outside) d -= load(outside + x + i * half);
       part[i] = d * factor + bias;
     }
-    store_as<float>(output + x, join(part[0], part[1]), static_cast<int>(std::min<int64_t>(LANES, count - x)));
+    const int present = static_cast<int>(std::min<int64_t>(LANES, count - x));
+    Vec<float> v = join(part[0], part[1]);
+    if (residual) v += load_as<float>(residual + x, present);
+    if (relu) v = v < 0 ? splat(0.0f) : v;  // NaN stays
+    store_as<float>(output + x, v, present);
   }
 }
 
@@ -303,13 +308,17 @@ TERSOR_INLINE void put_row(const int32_t* products, const float* sums, const dou
 static void add_outside(const Task& task, const Quantizer& q, int64_t channel, double zero, int64_t y, int64_t x,
                         int64_t count, double* outside) {
   const double zeros = zero * static_cast<double>(task.in_channels);
+  const int64_t top = y * task.stride_h - task.padding_h, reach = (task.kernel_w - 1) * task.dilation_w;
+  const bool rows_inside = top >= 0 && top + (task.kernel_h - 1) * task.dilation_h < task.height;
   for (int64_t i = 0; i < count; ++i) {
     outside[i] = 0;
+    const int64_t left = (x + i) * task.stride_w - task.padding_w;
+    if (rows_inside && left >= 0 && left + reach < task.width) continue;
     for (int64_t t = 0; t < task.taps; ++t) {
       const int64_t row = y * task.stride_h - task.padding_h + t / task.kernel_w * task.dilation_h;
       const int64_t column = (x + i) * task.stride_w - task.padding_w + t % task.kernel_w * task.dilation_w;
       if (row >= 0 && row < task.height && column >= 0 && column < task.width) continue;
-      outside[i] += q.residual * (task.weight_sums[channel * task.taps + t] + zeros);
+      outside[i] += q.excess * (task.weight_sums[channel * task.taps + t] + zeros);
     }
   }
 }
@@ -320,23 +329,33 @@ static void put_block(const Task& task, const Unit& unit, const Quantizer& q, in
                       int64_t x, int64_t count, const int32_t* tile, const float* sums, const Workspace& space) {
   const int64_t first = group * task.out_channels + block * BLOCK;
   const int64_t channels = std::min<int64_t>(BLOCK, task.out_channels - block * BLOCK);
-  T* const output = static_cast<T*>(task.output) + unit.image * task.output_n + first * task.output_c +
-                    y * task.output_h + x * task.output_w;
+  const int64_t place = unit.image * task.output_n + first * task.output_c + y * task.output_h + x * task.output_w;
+  T* const output = static_cast<T*>(task.output) + place;
+  const T* const residual = task.residual ? static_cast<const T*>(task.residual) + place : nullptr;
+  const bool relu = task.output_relu;
   const bool along = task.output_w == 1;
   for (int64_t o = 0; o < channels; ++o) {
     const double zero = task.weight_zero ? task.weight_zero[first + o] : 0.0;
     const double bias = task.bias ? task.bias[first + o] : 0.0;
     const double factor = space.factor[block * BLOCK + o], constant = space.constant[block * BLOCK + o];
     const double* outside = nullptr;
-    if (q.residual != 0) add_outside(task, q, first + o, zero, y, x, count, space.outside), outside = space.outside;
+    if (q.excess != 0) add_outside(task, q, first + o, zero, y, x, count, space.outside), outside = space.outside;
     const int32_t* const products = tile + o * TILE;
-    if (!along) put_row(products, sums, outside, factor, constant, zero, bias, count, space.values + o * TILE);
-    else put_row(products, sums, outside, factor, constant, zero, bias, count, output + o * task.output_c);
+    if (along) {
+      const T* const added = residual ? residual + o * task.output_c : nullptr;
+      put_row(products, sums, outside, factor, constant, zero, bias, added, relu, count, output + o * task.output_c);
+    } else {
+      const float* const none = nullptr;
+      put_row(products, sums, outside, factor, constant, zero, bias, none, false, count, space.values + o * TILE);
+    }
   }
   if (along) return;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t o = 0; o < channels; ++o) {
-      output[i * task.output_w + o * task.output_c] = static_cast<T>(space.values[o * TILE + i]);
+      const int64_t at = i * task.output_w + o * task.output_c;
+      float v = space.values[o * TILE + i];
+      if (residual) v += static_cast<float>(residual[at]);
+      output[at] = static_cast<T>(relu && v < 0 ? 0.0f : v);
     }
   }
 }

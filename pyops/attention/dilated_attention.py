@@ -108,6 +108,8 @@ class DilatedAttention(nn.Module):
 
     Raises:
         TypeError, ValueError: the options do not fit each other.
+
+    Source: Jiao et al., arXiv 2302.01791.
     """
 
     def __init__(

@@ -171,6 +171,8 @@ class MlpLight(nn.Module):
     Raises:
         TypeError, ValueError: the input is not as stated, or in training mode there is one position only, so that norms
             have nothing to average.
+
+    Source: arXiv 2304.03481.
     """
 
     weights_read_directly = ("conv",)  # for tersor.compress

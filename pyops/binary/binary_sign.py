@@ -39,21 +39,23 @@ def binary_sign(input: Tensor, estimator: str | Estimator = "ste") -> Tensor:
     """
     name = "binary_sign"
     check_floating(name, input=input)
+    if isinstance(estimator, Estimator) and isinstance(estimator.o, Tensor):  # of a layer that is being compiled
+        return _ResteSign.apply(input, estimator.o, estimator.t, estimator.interval)
     return call_function(_BinarySign, _dense(input), *check_estimator(name, estimator), False)[0]
 
 
 def ste_sign(input: Tensor, clip: float = 1.0) -> Tensor:
-    """:func:`binary_sign` with the straight-through gradient g [|x| <= clip]. Source: arXiv 1602.02830."""
+    """:func:`binary_sign` with the straight-through gradient ``g [abs(x) <= clip]``. Source: arXiv 1602.02830."""
     return binary_sign(input, Estimator("ste", t=clip))
 
 
 def approx_sign(input: Tensor) -> Tensor:
-    """:func:`binary_sign` with the triangular gradient g max(0, 2 - 2 |x|). Source: arXiv 1808.00278."""
+    """:func:`binary_sign` with the triangular gradient ``g max(0, 2 - 2 abs(x))``. Source: arXiv 1808.00278."""
     return binary_sign(input, APPROX)
 
 
 def reste_sign(input: Tensor, o: float, t: float = 1.5, interval: float = 0.1) -> Tensor:
-    r""":func:`binary_sign` with the gradient of the power function sign(x) |x|^(1/o), rectified.
+    r""":func:`binary_sign` with the gradient of the power function ``sign(x) abs(x)^(1/o)``, rectified.
 
     .. math:: d(a) = \begin{cases} \mathrm{interval}^{1/o} / \mathrm{interval} & a \le \mathrm{interval} \\
         \frac1o a^{(1 - o) / o} & \mathrm{interval} < a \le t \\ 0 & a > t \end{cases}
@@ -215,6 +217,31 @@ class _BinarySign(torch.autograd.Function):
         return _backward(grad_output, *ctx.saved_tensors, ctx.channels_last, *ctx.rule), *(None,) * 5
 
     vmap = staticmethod(_vmap)
+
+
+class _ResteSign(torch.autograd.Function):
+    """:func:`reste_sign` in plain torch with o in a tensor, since for another number torch would compile anew."""
+
+    @staticmethod
+    def forward(input, o, t, interval):
+        return torch.sign(input)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, o, *ctx.numbers = inputs
+        ctx.save_for_backward(input, o)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, o = ctx.saved_tensors
+        dtype = accumulate_dtype(input.dtype)
+        magnitude = input.abs().to(dtype)
+        # Compared as the input's own dtype rounds them, see _reference_backward.
+        t, interval = (torch.tensor(v, dtype=input.dtype, device=input.device).to(dtype) for v in ctx.numbers)
+        power = magnitude.clamp(min=interval).pow((1 - o) / o) / o
+        chord = ctx.numbers[1] ** (1 / o) / ctx.numbers[1]
+        slope = torch.where(magnitude <= interval, chord, torch.where(magnitude <= t, power, 0))
+        return (grad_output.to(dtype) * slope).to(input.dtype), None, None, None
 
 
 def _binary_sign(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

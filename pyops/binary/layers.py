@@ -55,6 +55,24 @@ class _Scaled(BinaryLayer):
         self.estimator = None if estimator is None else check_estimator(name, estimator)
         self.weight_estimator = check_estimator(name, self.estimator if weight_estimator is None else weight_estimator)
         self.scale = scale
+        # The exponents of both once more: a tensor of the CPU, which a compiled layer reads.
+        self.exponents = torch.ones(2, dtype=torch.float64, device="cpu")
+        self._note_exponents()
+
+    def _note_exponents(self) -> None:
+        for i, rule in enumerate((self.estimator, self.weight_estimator)):
+            self.exponents[i] = 1.0 if rule is None else rule.o
+
+    def _rules(self) -> tuple[Estimator | None, Estimator]:
+        """Of input and weight."""
+        rules = (self.estimator, self.weight_estimator)
+        if not torch.compiler.is_compiling():
+            return rules
+        made: list[Any] = [
+            rule if rule is None or rule.name != "reste" else Estimator("reste", exponent, rule.t, rule.interval)  # type: ignore[arg-type]
+            for rule, exponent in zip(rules, self.exponents.unbind(), strict=True)
+        ]
+        return made[0], made[1]
 
     def set_o_(self, o: float) -> None:
         """Sets the exponent of ``"reste"`` estimators; leaves others."""
@@ -63,6 +81,7 @@ class _Scaled(BinaryLayer):
             self.estimator = check_estimator(name, self.estimator._replace(o=o))
         if self.weight_estimator.name == "reste":
             self.weight_estimator = check_estimator(name, self.weight_estimator._replace(o=o))
+        self._note_exponents()
 
     def rescale(self, sums: Tensor) -> Tensor:
         trailing = (1,) * (sums.dim() - 2)
@@ -88,7 +107,7 @@ class BinaryConv2d(_Scaled, nn.Conv2d):
     The state dict is that of ``torch.nn.Conv2d``. Zeros of the padding count as 0.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
+        args, kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
         estimator: gradient of the input's sign, see :class:`Estimator`; None takes the input as it is.
         weight_estimator: of the weight's; None for the input's.
         scale: ``"layer"``: one factor, ``"channel"``: one for each output, None: none. Gradients flow through it.
@@ -110,8 +129,10 @@ class BinaryConv2d(_Scaled, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         window = (self.stride, _amounts(self), self.dilation)
-        rules = (self.estimator, self.weight_estimator, self.scale)
-        return scaled_conv2d(type(self).__name__, input, self.weight, self.bias, window, self.groups, *rules)
+        rules = self._rules()
+        return scaled_conv2d(
+            type(self).__name__, input, self.weight, self.bias, window, self.groups, *rules, self.scale
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe()}"
@@ -121,7 +142,7 @@ class ReSTEConv2d(BinaryConv2d):
     """ReSTE's convolution, see :func:`reste_conv2d`; :class:`BinarySchedule` sets o and o_a.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         o, t: of the weight's sign.
         o_a, t_a: of the input's.
         act_bits32: takes the input as it is.
@@ -160,11 +181,12 @@ class BinaryLinear(_Scaled, nn.Linear):
         self._configure(estimator, weight_estimator, scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        signs, factor = binary_sign(self.weight, self.weight_estimator), weight_scale(self.weight, self.scale)
-        if self.estimator is None:
+        estimator, weight_estimator = self._rules()
+        signs, factor = binary_sign(self.weight, weight_estimator), weight_scale(self.weight, self.scale)
+        if estimator is None:
             output = F.linear(input, signs if factor is None else signs * factor.view(-1, 1))
         else:
-            output = binary_linear(binary_sign(input, self.estimator), signs, scale=factor)
+            output = binary_linear(binary_sign(input, estimator), signs, scale=factor)
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:
@@ -178,7 +200,7 @@ class ReCUConv2d(BinaryLayer, nn.Conv2d):
     dimensions (of shape ``(1,)`` in the published checkpoints, which load).
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
+        args, kwargs: as for ``torch.nn.Conv2d``; the padding is zeros.
 
     Source: arXiv 2103.12369.
     """

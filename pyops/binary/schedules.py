@@ -101,6 +101,8 @@ class BinarySchedule:
     Raises:
         TypeError: ``model`` is not a module, or an option is not of its type.
         ValueError: ``model`` has no binary layer, or an option is not as stated.
+
+    Source: arXiv 2103.12369 (tau), arXiv 2308.06689 (o).
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from tersor.compress.artefact import Artefact, ArtefactError, load, read, save
 from tersor.compress.convert import convert_
 from tersor.compress.layers import CompressedConv2d, CompressedLinear
+from tersor.compress.package import compile_package, load_package
 from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompressedLinear
 from tersor.compress.prepare import Compression, calibrate_, parameter_groups, prepare_, step
 from tersor.compress.recipe import Recipe, Rule
@@ -29,9 +30,11 @@ __all__ = [
     "Rule",
     "WindowAttentionByIndex",
     "calibrate_",
+    "compile_package",
     "convert_",
     "first_tensor",
     "load",
+    "load_package",
     "parameter_groups",
     "prepare_",
     "read",

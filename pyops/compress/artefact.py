@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tersor.compress.convert import convert_with
+from tersor.compress.convert import Fold, Folded, convert_with
 from tersor.compress.layers import CompressedLayer
 from tersor.compress.prepare import compression_of, prepare_, step
 from tersor.compress.quantizers import InputBounds
@@ -91,7 +91,7 @@ class Artefact:
 
     Attributes:
         layers: the transforms of each layer.
-        folded: convolutions, and the norms that went into them.
+        folded: convolutions, and what went into them.
         skipped: layers that a rule matched and that stayed as they were, with the reason.
         source: what builds the model; None where the file does not say.
         metadata: as given to :func:`save`.
@@ -99,7 +99,7 @@ class Artefact:
     """
 
     layers: dict[str, tuple[Transform, ...]]
-    folded: dict[str, str]
+    folded: Folded
     skipped: dict[str, str]
     source: ModelSource | None
     metadata: dict[str, Any]
@@ -150,11 +150,20 @@ def _described(description: dict[str, Any], tensors: dict[str, Tensor]) -> Artef
     layers, folded, skipped, metadata = (_dictionary(description[key], key) for key in keys)
     if not layers or not all(isinstance(found, list) and found for found in layers.values()):
         raise ValueError("layers must have transforms")
-    if not all(isinstance(text, str) for text in (*folded.values(), *skipped.values())):
-        raise TypeError("folded and skipped must be of text")
+    if not all(isinstance(text, str) for text in skipped.values()):
+        raise TypeError("skipped must be of text")
     transforms = {name: check_composition(name, map(_from_dict, found)) for name, found in layers.items()}
     source = None if description["source"] is None else ModelSource.from_dict(description["source"])
-    return Artefact(transforms, folded, skipped, source, metadata, tensors)
+    folds = {name: _fold(each) for name, each in folded.items()}
+    return Artefact(transforms, folds, skipped, source, metadata, tensors)
+
+
+def _fold(contents: Any) -> Fold:
+    fold = Fold(*contents)
+    relu = fold.relu is None or isinstance(fold.relu, str)
+    if not (isinstance(fold.norm, str) and relu and isinstance(fold.residual, bool)):
+        raise TypeError(f"folded must be of norm, ReLU and whether there is a residual, got {contents!r}")
+    return fold
 
 
 def _dictionary(value: Any, name: str) -> dict[str, Any]:

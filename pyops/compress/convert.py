@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,23 @@ from tersor.compress.prepare import Compression, compression_of
 from tersor.compress.report import evaluating
 from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear, own_norm_pairs
 
-Folded = dict[str, str]  # names of convolutions, and of the norms that went into them
+
+class Fold(NamedTuple):
+    """What goes into a convolution, by names.
+
+    Attributes:
+        norm: its norm.
+        relu: the ReLU after that: the name of a module, ``""`` for one in a forward pass that leaves it to the
+            convolution, None for none.
+        residual: whether the convolution takes a residual in front of a ReLU.
+    """
+
+    norm: str
+    relu: str | None = None
+    residual: bool = False
+
+
+Folded = dict[str, Fold]  # by the convolution's name
 
 
 def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
@@ -35,8 +51,11 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
         model: prepared, trained, not wrapped (of a wrapped one, ``model.module``).
         fold_norms: multiply each ``BatchNorm2d`` into the convolution before it, which need not be compressed. What
             belongs together is known of models and modules of one input that ``torch.fx`` can trace; in what it cannot,
-            of neighbours in a ``torch.nn.Sequential`` and of modules with a method ``norm_pairs()``. Layers with hooks
-            or in several places keep theirs. Binary layers take their norms in any case.
+            of neighbours in a ``torch.nn.Sequential`` and of modules with a method ``norm_pairs()`` (see
+            :func:`tersor.sparsity.convert_`). A packed convolution also takes the ReLU after that, and where the method
+            ``residual_convs()`` of a module names it, a residual and a ReLU: the forward pass calls it as ``conv(x,
+            residual)`` where its attribute ``adds_residual`` is true, and leaves out the rest. Layers with hooks or in
+            several places keep theirs. Binary layers take their norms in any case.
 
     Returns:
         ``model``, in eval mode; or its replacement, if it is such a layer itself.
@@ -64,10 +83,15 @@ def convert_with(model: nn.Module, compression: Compression, pairs: Folded) -> n
     """:func:`convert_` with these norms to fold."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
     packed = {id(module): _packed(name or compression.root, module) for name, module in layers.items()}
-    norms = {conv: model.get_submodule(norm) for conv, norm in pairs.items()}
-    for conv, norm in norms.items():
-        if not can_fold(model.get_submodule(conv), norm):
-            raise ValueError(f"{pairs[conv]} is no norm that can go into {conv}")
+    norms = {conv: model.get_submodule(fold.norm) for conv, fold in pairs.items()}
+    residuals = _residual_convs(model)
+    for conv, fold in pairs.items():
+        if not can_fold(model.get_submodule(conv), norms[conv]):
+            raise ValueError(f"{fold.norm} is no norm that can go into {conv}")
+        if fold.relu and not _is_relu(model.get_submodule(fold.relu)):
+            raise ValueError(f"{fold.relu} is no ReLU that can go into {conv}")
+        if fold.residual and id(model.get_submodule(conv)) not in residuals:
+            raise ValueError(f"{conv} takes no residual")
     if any(isinstance(module, BinaryLayer) for module in model.modules()):
         model = convert_binary_(model)
     for parent in list(model.modules()):
@@ -75,9 +99,17 @@ def convert_with(model: nn.Module, compression: Compression, pairs: Folded) -> n
             parent._modules[child] = packed.get(id(module), module)
     model = packed.get(id(model), model)
     for conv, norm in norms.items():
-        _fold_(model.get_submodule(conv), norm)
-        place, _, child = pairs[conv].rpartition(".")
-        setattr(model.get_submodule(place), child, nn.Identity())
+        fold, layer = pairs[conv], model.get_submodule(conv)
+        _fold_(layer, norm)
+        gone = [fold.norm]
+        if isinstance(layer, (PackedCompressedConv2d, PackedNMConv2d)) and fold.relu is not None:
+            layer.activation = "relu"
+            gone += [fold.relu] if fold.relu else []
+        if isinstance(layer, PackedCompressedConv2d) and fold.residual:
+            layer.activation, layer.adds_residual = "relu", True
+        for name in gone:
+            place, _, child = name.rpartition(".")
+            setattr(model.get_submodule(place), child, nn.Identity())
     compression.convert(pairs)
     if model._modules.get("compression") is not compression:
         model.add_module("compression", compression)
@@ -136,14 +168,34 @@ def _fold_(conv: Any, norm: Any) -> None:
 
 
 def find_norms(model: nn.Module) -> Folded:
-    """Convolutions, compressed or plain, and the norms with running statistics that alone see their output."""
+    """Convolutions, compressed or plain, with the norms with running statistics that alone see their output."""
     names = {id(module): name for name, module in model.named_modules()}
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    pairs: Folded = {}
-    for conv, norm in _pairs(model, True):
-        if can_fold(conv, norm) and places[id(conv)] == places[id(norm)] == 1:
-            pairs[names[id(conv)]] = names[id(norm)]
-    return pairs
+    residuals = _residual_convs(model)
+    said = [pair for module in model.modules() for pair in own_norm_pairs(module)]
+    left_out = {(id(conv), id(norm)) for conv, norm, relu in said if relu is True}  # by the forward pass
+    folded: Folded = {}
+    for conv, norm, relu in _pairs(model, True):
+        if not can_fold(conv, norm) or places[id(conv)] != 1 or places[id(norm)] != 1:
+            continue
+        after = names[id(relu)] if _is_relu(relu) and places[id(relu)] == 1 else None
+        after = "" if (id(conv), id(norm)) in left_out else after
+        folded[names[id(conv)]] = Fold(names[id(norm)], after, id(conv) in residuals)
+    return folded
+
+
+def _residual_convs(model: nn.Module) -> set[int]:
+    """The convolutions that a module's ``residual_convs()`` names."""
+    return {
+        id(module.get_submodule(name))
+        for module in model.modules()
+        if callable(convs := getattr(module, "residual_convs", None))
+        for name in convs()
+    }
+
+
+def _is_relu(module: Any) -> bool:
+    return type(module) is nn.ReLU and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def can_fold(conv: Any, norm: Any) -> bool:
@@ -155,15 +207,14 @@ def can_fold(conv: Any, norm: Any) -> bool:
     return (plain or isinstance(conv, CompressedConv2d)) and fits and not hooks
 
 
-def _pairs(module: nn.Module, is_root: bool) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _pairs(module: nn.Module, is_root: bool) -> Iterator[tuple[nn.Module, nn.Module, Any]]:
     """By the graph of the forward pass where torch.fx can trace it; else what the module says, and of its children."""
     if is_root or _takes_one_input(module):
         traced = _traced_pairs(module)
         if traced is not None:
             yield from traced
             return
-    for conv, norm, _ in own_norm_pairs(module):
-        yield conv, norm
+    yield from own_norm_pairs(module)
     for child in module.children():
         yield from _pairs(child, False)
 
@@ -182,8 +233,8 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(m, (CompressedLayer, BinaryLayer)) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced_pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]] | None:
-    """What the graph of the forward pass shows; None where torch.fx cannot trace it."""
+def _traced_pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module, Any]] | None:
+    """Convolution, norm and maybe a ReLU, by the graph of the forward pass; None where torch.fx cannot trace it."""
     try:
         arguments = inspect.signature(module.forward).parameters.values()
         defaults = {each.name: each.default for each in arguments if each.default is not inspect.Parameter.empty}
@@ -192,12 +243,19 @@ def _traced_pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]] | None
         return None
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}  # weights by hand
+
+    def only_user(node: Any) -> Any:
+        """The one node that takes the output, if it is a module that is called once and for nothing else."""
+        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1 or node.target in read:
+            return None
+        user: Any = next(iter(node.users))
+        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,) and not user.kwargs
+        return user if alone and user.target not in read else None
+
     pairs = []
     for node in graph.nodes:
-        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1 or node.target in read:
-            continue
-        user = next(iter(node.users))
-        alone = user.op == "call_module" and calls[user.target] == 1 and user.args == (node,) and not user.kwargs
-        if alone and user.target not in read:
-            pairs.append((module.get_submodule(node.target), module.get_submodule(user.target)))
+        if (norm := only_user(node)) is not None:
+            relu = only_user(norm)
+            after = None if relu is None else module.get_submodule(relu.target)
+            pairs.append((module.get_submodule(node.target), module.get_submodule(norm.target), after))
     return pairs

@@ -288,25 +288,32 @@ class PackedCompressedConv2d(_Packed):
         self.stride, self.padding, self.dilation = check_window(
             "PackedCompressedConv2d", layer.stride, self.border[::-2], layer.dilation
         )
+        self.activation, self.adds_residual = "none", False
 
-    def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution, plus a residual where ``adds_residual``, through a ReLU where ``activation`` says so."""
+        padding, relu = self.padding, self.activation == "relu"
         if self.padding_mode != "zeros":  # which commutes with rounding
             input, padding = F.pad(input, self.border, self.padding_mode), [0, 0]
         if not self.input_bits:
             assert self.weight is not None
             bias = None if self.bias is None else self.bias.to(input.dtype)
-            return F.conv2d(input, self.weight.to(input.dtype), bias, self.stride, padding, self.dilation, self.groups)
+            weight = self.weight.to(input.dtype)
+            output = F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+            output = output if residual is None else output + residual
+            return F.relu(output) if relu else output
         window = (self.stride, padding, self.dilation)
         name, dtype = "PackedCompressedConv2d", input.dtype
-        input = input.float() if dtype == torch.float64 else input
-        output = convolve(name, input, self.prepared_weight(), self.lower, self.upper, self.input_bits, *window)
-        return output.to(dtype)
+        if dtype == torch.float64:
+            input, residual = input.float(), None if residual is None else residual.float()
+        quantizer, end = (self.lower, self.upper, self.input_bits), {"residual": residual, "output_relu": relu}
+        return convolve(name, input, self.prepared_weight(), *quantizer, *window, **end).to(dtype)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = self.shape
         window = f"kernel_size={tuple(kernel)}, stride={tuple(self.stride)}, padding={tuple(self.padding)}"
-        return f"{inputs * self.groups}, {outputs}, {window}, groups={self.groups}, {self.description}"
+        after = (", plus residual" if self.adds_residual else "") + (", ReLU" if self.activation == "relu" else "")
+        return f"{inputs * self.groups}, {outputs}, {window}, groups={self.groups}, {self.description}{after}"
 
 
 class PackedCompressedLinear(_Packed):

@@ -50,7 +50,7 @@ class Compression(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.done = 0  # step on the host, so that no call waits for a GPU
         self.converted = False
-        self.folded: dict[str, str] = {}  # convolutions, and the norms that convert_ multiplied into them
+        self.folded: dict[str, Any] = {}  # convolutions, and what convert_ has put into them
         self.root = ""  # what the model is called where it is a layer itself
         self.register_load_state_dict_post_hook(_read_step)
 
@@ -58,7 +58,7 @@ class Compression(nn.Module):
         """The input itself, since a ``torch.nn.Sequential`` calls all that it holds."""
         return input
 
-    def convert(self, folded: dict[str, str]) -> None:
+    def convert(self, folded: dict[str, Any]) -> None:
         """The model has been converted: there are no steps any more."""
         self.converted, self.folded = True, folded
         del self.step

@@ -30,7 +30,7 @@ class FreezeSchedule:
         warmup_epochs: epochs before the first weight may freeze.
         growth: ``"fixing"``, ``"linear"`` or ``"sine"``.
         rate: the constant r of ``"fixing"``.
-        momentum: of the running distance, m in d' = (1 - m) |p - y| + m d.
+        momentum: of the running distance, m in ``d' = (1 - m) abs(p - y) + m d``.
         granularity: ``"element"``, ``"tile"``, ``"channel"`` or ``"layer"``.
         tile: output channels and input channels of a tile.
         quantile: above 0, up to 1.

@@ -51,6 +51,8 @@ class UnitActivation(_Bounds):
 
     Raises:
         ValueError: on the CPU, the bounds were never initialised, or ``lower >= upper``.
+
+    Source: Zhong et al., arXiv 2211.08544.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -75,6 +77,8 @@ class LtsWeight(_Bounds):
         saved: keep the frozen weights' values apart, so that any optimiser may go on changing the raw ones. False with
             :class:`FrozenSGD` and :class:`FrozenAdamW`, which leave frozen weights alone.
         frozen_step: also keep in which step each weight froze.
+
+    Source: Zhong et al., arXiv 2211.08544.
     """
 
     distance: Tensor
@@ -242,7 +246,7 @@ class LtsConv2d(_Lts, nn.Conv2d):
     what is frozen.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         bits, schedule, saved, frozen_step: see :class:`LtsWeight`.
 
     Source: Zhong et al., arXiv 2211.08544.
@@ -275,8 +279,10 @@ class LtsLinear(_Lts, nn.Linear):
     """``torch.nn.Linear`` with weight and input quantised to few levels; see :class:`LtsConv2d`.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Linear``.
+        args, kwargs: as for ``torch.nn.Linear``.
         bits, schedule, saved, frozen_step: see :class:`LtsWeight`.
+
+    Source: Zhong et al., arXiv 2211.08544.
     """
 
     def __init__(

@@ -62,8 +62,8 @@ def lts_quantize(
 
         p = (w - lower) / (upper - lower),  y = R(n clamp(p, 0, 1)) / n,  output = 2 (y - 1/2),  saved := w
 
-    With a ``schedule`` this is step t of the training, and the state moves on: d' = (1 - m) |p - y| + m d, but 1 / n
-    where the level changed (in the second step |p - y| everywhere); then all free elements (or blocks, see
+    With a ``schedule`` this is step t of the training, and the state moves on: ``d' = (1 - m) abs(p - y) + m d``, but
+    1 / n where the level changed (in the second step ``abs(p - y)`` everywhere); then all free elements (or blocks, see
     :class:`FreezeSchedule`) with d' within the threshold of step t freeze for good.
 
     The gradient of the weight is that of ``fake_quantize_bounds(rule="unit", signed=True)``, zero where an element was

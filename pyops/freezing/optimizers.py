@@ -85,7 +85,7 @@ class FrozenSGD(_Frozen, torch.optim.SGD):
     """``torch.optim.SGD`` that leaves frozen weights, their momentum and their decay alone, and reads neither.
 
     Args:
-        params, lr, **options: as for ``torch.optim.SGD``; its ``fused`` or ``foreach`` serve the other parameters.
+        params, lr, options: as for ``torch.optim.SGD``; its ``fused`` or ``foreach`` serve the other parameters.
         masks: pairs of a parameter and the :class:`LtsWeight` (or packed mask) that says which of its elements are
             frozen, as :func:`frozen_weights` lists them. Looked at in every step.
 
@@ -116,7 +116,7 @@ class FrozenAdamW(_Frozen, torch.optim.AdamW):
     """``torch.optim.AdamW`` that leaves frozen weights, their moments and their decay alone, and reads none of them.
 
     Args:
-        params, lr, **options: as for ``torch.optim.AdamW``, without ``amsgrad``.
+        params, lr, options: as for ``torch.optim.AdamW``, without ``amsgrad``.
         masks: see :class:`FrozenSGD`.
 
     Raises:

@@ -47,6 +47,8 @@ class BoundedActivation(nn.Module):
 
     Raises:
         TypeError, ValueError: an option is not as stated, or see the functions named.
+
+    Source: Zhong et al., arXiv 2203.03844.
     """
 
     max_val: Tensor

@@ -40,6 +40,8 @@ class BoundsSchedule:
 
     Raises:
         TypeError, ValueError: ``model`` holds no bounded activation, or an option is not as stated.
+
+    Source: Zhong et al., arXiv 2203.03844.
     """
 
     def __init__(self, model: nn.Module, dynamic_ratio: float = 0.3, dynamic_epoch: int = 6) -> None:

@@ -46,6 +46,8 @@ def dynamic_gate(
     Raises:
         TypeError: an argument is not of the stated type.
         ValueError: shapes do not fit; or, on the CPU, all values that Q is to quantise are equal.
+
+    Source: Zhong et al., arXiv 2203.03844.
     """
     name = "dynamic_gate"
     check_floating(name, input=input, hidden_weight=hidden_weight, output_weight=output_weight)

@@ -64,7 +64,7 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
     """``torch.nn.Conv2d`` with a fake-quantised weight and, if given, a quantiser for its input.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         bits, mode, percentile: see :func:`weight_fake_quantize`.
         activation: applied to the input, such as :class:`BoundedActivation`.
     """
@@ -92,7 +92,7 @@ class QuantizedLinear(_Quantized, nn.Linear):
     """``torch.nn.Linear`` with a fake-quantised weight and, if given, a quantiser for its input.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Linear``.
+        args, kwargs: as for ``torch.nn.Linear``.
         bits, mode, percentile: see :func:`weight_fake_quantize`.
         activation: applied to the input.
     """

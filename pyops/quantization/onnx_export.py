@@ -13,13 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from tersor._checks import as_int
-from tersor.quantization.fake_quantize_affine import _check_values as check_affine
-from tersor.quantization.fake_quantize_bounds import check_bounds, quantize_ddtb
-from tersor.quantization.fake_quantize_lsq_plus import _check_values as check_lsq_plus
-from tersor.quantization.fake_quantize_pact import check_positive
+from tersor.quantization.onnx_levels import LEVELS, IntegerType, Levels, integer_type
 
 OPSET = 21  # the first with 4- and 16-bit types
 LEAST_OPSET = 18  # torch translates to no lower one
+SPARSIFIERS = ("nm_sparsify_forward", "srste_sparsify_forward")
+_PACKED = "export the model before convert_ packs it"
+REASONS = {  # by what an operator's name has in it, the first that fits
+    "binary_packed": _PACKED,
+    "pack": _PACKED,
+    "quantized_conv2d": _PACKED,
+    "nm_matmul": _PACKED,
+    "binary": "it has no product of signs, and in floats a binary layer would be slower than the dense one",
+    "recu": "as for all binary layers, which would be slower in floats than the dense ones",
+}
 
 
 def export_onnx(
@@ -116,6 +123,11 @@ def _check_model(model: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
     where = "export_onnx"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(getattr(module, "converted", False) is True for module in model.modules()):
+        raise ValueError(
+            f"{where}: model must not be converted yet, got one whose layers are packed, for which ONNX has no "
+            "operators: export it before tersor.compress.convert_"
+        )
     training = [name or "the model itself" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"{where}: model must be in eval mode, got training mode in {training[0]}; call model.eval()")
@@ -141,138 +153,6 @@ def _export_dims(shapes: Any) -> Any:
     if isinstance(shapes, (tuple, list)):
         return type(shapes)(_export_dims(value) for value in shapes)
     return torch.export.Dim.DYNAMIC if isinstance(shapes, str) else shapes
-
-
-# The levels of each quantiser, from its constants.
-
-
-@dataclasses.dataclass(frozen=True)
-class Levels:
-    """What a quantiser rounds to: ``offset + m step`` for the whole numbers m from ``lowest`` to ``highest``.
-
-    Attributes:
-        step, lowest, highest: float32 of one element, or one per index of the input's dimension ``axis``.
-        offset: as ``step``; None for none.
-        relu: whether the input goes through a ReLU first.
-    """
-
-    step: Tensor
-    lowest: Tensor
-    highest: Tensor
-    offset: Tensor | None = None
-    relu: bool = False
-    axis: int | None = None
-
-
-def _bounds_levels(lower: Tensor, upper: Tensor, bits: int, relu: bool = False) -> Levels:
-    check_bounds(lower, upper)
-    lower, upper = torch.broadcast_tensors(lower, upper)
-    scale = torch.full_like(upper, 2**bits - 1) / (upper - lower)
-    # The operator's own outermost levels: by a bound's tie the top one may be a level higher or lower than planned.
-    lowest, highest = (torch.round(quantize_ddtb(bound, lower, upper, bits)[0] * scale) for bound in (lower, upper))
-    # A bound on a tie, as both are for lower = -upper, divided by the step must round as the operator does: activations
-    # that were clipped before have many elements there. One float less or more does it.
-    step, zero = 1 / scale, torch.zeros_like(scale)
-    for candidate in (step.nextafter(zero), step.nextafter(2 * step)):
-        fits = (torch.round(lower / step) == lowest) & (torch.round(upper / step) == highest)
-        step = torch.where(fits, step, candidate)
-    return Levels(step, lowest, highest, relu=relu)
-
-
-def _fake_quantize_bounds(lower: Tensor, upper: Tensor, *, bits: int, rule: str, relu: bool, **_: Any) -> Levels:
-    if rule != "ddtb":
-        raise ValueError(f"rule {rule!r} does not scale its levels back to the input's units; only 'ddtb' does")
-    return _bounds_levels(lower, upper, bits, relu)
-
-
-def _fake_quantize_add(
-    lower: Tensor, upper: Tensor, other_lower: Tensor, other_upper: Tensor, *, bits: int, **_: Any
-) -> tuple[Levels, Levels]:
-    return _bounds_levels(lower, upper, bits), _bounds_levels(other_lower, other_upper, bits)
-
-
-def _fake_quantize_pact(alpha: Tensor, *, bits: int) -> Levels:
-    check_positive("fake_quantize_pact", alpha=alpha)
-    if bits == 32:
-        raise ValueError("bits=32 clips without quantising; use torch.clamp")
-    levels = 2**bits - 1
-    return _from_zero(alpha / levels, levels)
-
-
-def _fake_quantize_lsq(scale: Tensor, *, quant_min: int, quant_max: int, **_: Any) -> Levels:
-    check_positive("fake_quantize_lsq", scale=scale)
-    return Levels(scale, torch.full_like(scale, quant_min), torch.full_like(scale, quant_max))
-
-
-def _fake_quantize_lsq_plus(scale: Tensor, offset: Tensor, *, levels: int, **_: Any) -> Levels:
-    check_lsq_plus(scale, offset)
-    scale, offset = torch.broadcast_tensors(scale, offset)
-    return dataclasses.replace(_from_zero(scale, levels), offset=offset)
-
-
-def _fake_quantize_affine(scale: Tensor, zero_point: Tensor, *, quant_min: int, quant_max: int, **_: Any) -> Levels:
-    check_affine(scale, zero_point)
-    scale, zero_point = torch.broadcast_tensors(scale, zero_point)
-    zero = torch.round(zero_point).clamp(quant_min, quant_max)
-    return Levels(scale, quant_min - zero, quant_max - zero)
-
-
-def _weight_fake_quantize(lower: Tensor, upper: Tensor, *, bits: int, mode: str, **_: Any) -> Levels:
-    if mode != "symmetric":
-        return _bounds_levels(lower, upper, bits)
-    levels = torch.full_like(upper, 2 ** (bits - 1) - 1)
-    return Levels(upper / levels, -levels, levels)
-
-
-def _from_zero(step: Tensor, levels: int) -> Levels:
-    return Levels(step, torch.zeros_like(step), torch.full_like(step, levels))
-
-
-LEVELS: dict[str, Callable[..., Levels | tuple[Levels, ...]]] = {
-    f"{function.__name__[1:]}_forward": function
-    for function in (
-        _fake_quantize_add,
-        _fake_quantize_affine,
-        _fake_quantize_bounds,
-        _fake_quantize_lsq,
-        _fake_quantize_lsq_plus,
-        _fake_quantize_pact,
-        _weight_fake_quantize,
-    )
-}
-
-
-# From levels to an integer type.
-
-
-@dataclasses.dataclass(frozen=True)
-class IntegerType:
-    """An ONNX type and zero point that hold all levels; ``below`` and ``above`` if they would hold others beyond."""
-
-    name: str
-    zero_point: Tensor
-    below: bool
-    above: bool
-
-
-def integer_type(levels: Levels, widths: Sequence[int], signed: bool) -> IntegerType:
-    """The narrowest allowed; the zero point is 0 if it can be, or unsigned codes start at 0. ValueError if none."""
-    preferred = torch.zeros_like(levels.lowest) if signed else -levels.lowest
-    for width in widths:
-        least, greatest = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if signed else (0, 2**width - 1)
-        first, last = (least - levels.lowest).clamp(min=least), (greatest - levels.highest).clamp(max=greatest)
-        if (first <= last).all():
-            zero_point = torch.minimum(torch.maximum(preferred, first), last)
-            below, above = levels.lowest + zero_point > least, levels.highest + zero_point < greatest
-            return IntegerType(f"{'' if signed else 'u'}int{width}", zero_point, bool(below.any()), bool(above.any()))
-    worst = (levels.lowest.abs() + levels.highest.abs()).argmax()
-    first, last = (int(level.flatten()[worst]) for level in (levels.lowest, levels.highest))
-    raise ValueError(
-        f"its {last - first + 1} levels, {first} to {last} steps from 0, fit no zero point and type of "
-        f"{' or '.join(str(width) for width in widths)} bits; "
-        + ("move a bound by a little off the tie" if last - first == 256 else "move the bounds towards 0")
-        + ("" if 16 in widths else ", or allow int16=True")
-    )
 
 
 class _Writer:
@@ -311,6 +191,10 @@ class _Writer:
             return output if offset is None else self.op.Add(output, offset)
 
         return emit
+
+    def float_emitter(self, layer: str, values: Tensor) -> Callable[[Any], Any]:
+        """Of a constant that no integers express."""
+        return lambda _: self.constant(f"{layer}.weight", values)
 
     def _clip(self, x: Any, layer: str, levels: Levels, kind: IntegerType) -> Any:
         # At the outermost levels themselves, half a step from where rounding decides; the bounds may lie on a tie.
@@ -359,6 +243,8 @@ class _Constants:
             if node.op != "call_function" or random:
                 raise _DependsOnInput
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.of)
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                args = [each.clone() if isinstance(each, Tensor) else each for each in args]
             self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.values[node]
 
@@ -376,21 +262,26 @@ def _replace_quantizers(
     activation_widths: Sequence[int],
     writer: _Writer,
 ) -> list[Callable[[Any], Any]]:
-    """Puts a mark in the place of every quantiser; returns what writes each one's nodes."""
+    """Puts a mark in the place of every quantiser and sparse weight; returns what writes each one's nodes."""
     constants, emitters = _Constants(program), []
     graph = program.graph
-    quantizers = [node for node in graph.nodes if _operator_name(node) in LEVELS]
-    if not quantizers:
+    graph.eliminate_dead_code()
+    found = [node for node in graph.nodes if _operator_name(node) in {*LEVELS, *SPARSIFIERS}]
+    if not found:
+        _refuse_others(graph)
         raise ValueError("export_onnx: model must run a fake-quantiser, got none (are its layers in a float stage?)")
-    for node in quantizers:
+    covered: set[torch.fx.Node] = set()
+    for node in found:
+        if node in covered:
+            continue
         try:
-            pairs = _levels(node, constants)
+            if _operator_name(node) != "fake_quantize_add_forward" and constants.has(node.args[0]):
+                covered |= _store(graph, node, constants, weight_widths, writer, emitters)
+                continue
             outputs = []
-            for source, levels in pairs:
-                stored = _operator_name(node) != "fake_quantize_add_forward" and constants.has(source)
-                kind = integer_type(levels, weight_widths if stored else activation_widths, signed=stored)
-                codes = _codes(constants.of(node), levels, kind) if stored else None
-                emitters.append(writer.emitter(_layer(node), levels, kind, codes))
+            for source, levels in _levels(node, constants):
+                kind = integer_type(levels, activation_widths, signed=False)
+                emitters.append(writer.emitter(_layer(node), levels, kind, None))
                 with graph.inserting_before(node):
                     outputs.append(graph.call_function(_quantize, (source, len(emitters) - 1)))
                 outputs[-1].meta = {**node.meta, "val": source.meta["val"]}
@@ -398,10 +289,70 @@ def _replace_quantizers(
             raise ValueError(f"export_onnx: {_layer(node)}: {error}") from None
         _replace(graph, node, outputs)
     graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if _operator_name(node):
-            raise ValueError(f"export_onnx: {_layer(node)}: {_operator_name(node)} is not expressible in ONNX")
+    _refuse_others(graph)
     return emitters
+
+
+def _store(
+    graph: torch.fx.Graph,
+    node: torch.fx.Node,
+    constants: _Constants,
+    widths: Sequence[int],
+    writer: _Writer,
+    emitters: list[Callable[[Any], Any]],
+) -> set[torch.fx.Node]:
+    """Replaces a constant that is quantised or sparse by its codes, or by floats; returns the nodes it was made by."""
+    chain = _chain(node, constants)
+    names = [_operator_name(each) for each in chain]
+    quantizer = next((i for i in reversed(range(len(chain))) if names[i] in LEVELS), None)
+    last = next(i for i in reversed(range(len(chain))) if isinstance(chain[i].meta["val"], Tensor))
+    emitter = None
+    if quantizer is not None:
+        ((_, levels),) = _levels(chain[quantizer], constants)
+        if any(name in SPARSIFIERS for name in names[quantizer:]):  # 0 has to be one of them
+            zero = torch.zeros_like(levels.lowest)
+            lowest, highest = torch.minimum(levels.lowest, zero), torch.maximum(levels.highest, zero)
+            levels = dataclasses.replace(levels, lowest=lowest, highest=highest)
+        kind = integer_type(levels, widths, signed=True)
+        for place in reversed(range(quantizer, last + 1)):
+            if (codes := _codes(constants.of(chain[place]), levels, kind)) is not None:
+                emitter, last = writer.emitter(_layer(node), levels, kind, codes), place
+                break
+    values = constants.of(chain[last])
+    emitters.append(emitter or writer.float_emitter(_layer(node), values[0] if isinstance(values, tuple) else values))
+    end, source = chain[last], node
+    if isinstance(end.meta["val"], (tuple, list)):
+        end = next(user for user in end.users if user.target is operator.getitem and user.args[1] == 0)
+    while source.op != "placeholder":
+        source = next(each for each in source.all_input_nodes)
+    with graph.inserting_after(end):
+        mark = graph.call_function(_quantize, (source, len(emitters) - 1))
+    mark.meta = {**end.meta}
+    end.replace_all_uses_with(mark)
+    for each in reversed([*chain[: last + 1], end] if end not in chain[: last + 1] else chain[: last + 1]):
+        if not each.users and each in graph.nodes:  # by hand: what changes its arguments is never dead code
+            graph.erase_node(each)
+    return set(chain)
+
+
+def _chain(node: torch.fx.Node, constants: _Constants) -> list[torch.fx.Node]:
+    """The node and what is made of its result, as long as that is constant, of one shape and goes one way."""
+    shape, chain = node.args[0].meta["val"].shape, [node]  # type: ignore[union-attr]
+    while len(chain[-1].users) == 1:
+        (user,) = chain[-1].users
+        value = user.meta.get("val")
+        whole = value[0] if isinstance(value, (tuple, list)) else value
+        if not isinstance(whole, Tensor) or whole.shape != shape or not constants.has(user):
+            break
+        chain.append(user)
+    return chain
+
+
+def _refuse_others(graph: torch.fx.Graph) -> None:
+    for node in graph.nodes:
+        if name := _operator_name(node):
+            why = next((f": {why}" for part, why in REASONS.items() if part in name), "")
+            raise ValueError(f"export_onnx: {_layer(node)}: {name} is not expressible in ONNX{why}")
 
 
 def _operator_name(node: torch.fx.Node) -> str:
@@ -427,6 +378,7 @@ def _levels(node: torch.fx.Node, constants: _Constants) -> list[tuple[torch.fx.N
         if source.meta["val"].dtype != torch.float32:
             raise ValueError(f"only float32 is expressible, got {source.meta['val'].dtype}: call model.float() before")
     given = [arguments.pop(key) for key in names if isinstance(arguments.get(key), torch.fx.Node)]
+    given = given[:2] if name == "lts_quantize_forward" else given  # then comes its state
     weight = name == "weight_fake_quantize_forward"
     try:
         parameters = list(constants.of(node)[1]) if weight else [constants.of(parameter) for parameter in given]
@@ -443,11 +395,14 @@ def _levels(node: torch.fx.Node, constants: _Constants) -> list[tuple[torch.fx.N
     return [(source, dataclasses.replace(one, axis=axis)) for source, one in zip(sources, each, strict=True)]
 
 
-def _codes(output: Any, levels: Levels, kind: IntegerType) -> Tensor:
-    """Of an operator's output for a constant input."""
-    output = output[0] if isinstance(output, tuple) else output
-    steps = (output if levels.offset is None else output - levels.offset) / levels.step
-    return torch.round(steps) + kind.zero_point
+def _codes(values: Any, levels: Levels, kind: IntegerType) -> Tensor | None:
+    """Of an operator's output for a constant input; None if it is not on the levels but for last bits."""
+    values = values[0] if isinstance(values, tuple) else values
+    offset = 0 if levels.offset is None else levels.offset
+    steps = torch.round((values - offset) / levels.step)
+    error = (steps * levels.step + offset - values).abs()
+    inside = (steps >= levels.lowest) & (steps <= levels.highest) & (error <= 2**-21 * values.abs().max())
+    return steps + kind.zero_point if inside.all() else None
 
 
 def _replace(graph: torch.fx.Graph, node: torch.fx.Node, outputs: Sequence[torch.fx.Node]) -> None:

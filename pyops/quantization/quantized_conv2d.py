@@ -36,6 +36,8 @@ def quantized_conv2d(
     groups: int = 1,
     *,
     relu: bool = False,
+    residual: Tensor | None = None,
+    output_relu: bool = False,
 ) -> Tensor:
     r"""``conv2d`` of the input quantised between two bounds with a weight given by its codes.
 
@@ -61,6 +63,8 @@ def quantized_conv2d(
         bias: ``(O,)``, floating point.
         stride, padding, dilation, groups: as for ``torch.nn.functional.conv2d``; the padding stands for 0.
         relu: quantise ``relu(input)`` instead, in the same pass.
+        residual: added to the result, in float32; of the output's shape and the input's dtype. None for none.
+        output_relu: then take the ReLU.
 
     Returns:
         ``(N, O, H', W')`` in the input's dtype, in channels-last memory format if the input is in it, else
@@ -74,7 +78,8 @@ def quantized_conv2d(
     name = "quantized_conv2d"
     prepared = prepare_weight(weight, weight_scale, weight_zero, bias, groups)
     window = check_window(name, stride, padding, dilation)
-    return convolve(name, input, prepared, lower, upper, bits, *window, relu=relu)
+    end: dict[str, Any] = {"residual": residual, "output_relu": output_relu}
+    return convolve(name, input, prepared, lower, upper, bits, *window, relu=relu, **end)
 
 
 class PreparedWeight(NamedTuple):
@@ -145,6 +150,8 @@ def convolve(
     dilation: Sequence[int],
     *,
     relu: bool = False,
+    residual: Tensor | None = None,
+    output_relu: bool = False,
     channels_last: bool = False,
 ) -> Tensor:
     """:func:`quantized_conv2d` with a prepared weight and checked window; ``name`` is for errors.
@@ -158,15 +165,31 @@ def convolve(
     check_fits(name, input.shape, weight.sums.shape[1:], stride, padding, dilation)
     channels_last = channels_last or is_channels_last(input)
     window = (list(stride), list(padding), list(dilation))
+    if residual is not None:
+        sizes = output_sizes(input.shape, weight.sums.shape[1:], stride, padding, dilation)
+        residual = _checked_residual(name, residual, input, (input.shape[0], weight.sums.shape[0], *sizes))
+        residual = residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    numbers = (lower, upper, weight.bias, residual, bits)
+    switches = (bool(relu), bool(output_relu), channels_last)
     try:
-        return _quantized_conv2d.overload(
-            input, *weight[:3], weight.zero, lower, upper, weight.bias, bits, *window, bool(relu), channels_last
-        )
+        return _quantized_conv2d.overload(input, *weight[:3], weight.zero, *numbers, *window, *switches)
     except RuntimeError:
         # The C++ kernel refuses such bounds; here is said which.
         if input.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bounds(lower, upper, name)
         raise
+
+
+def _checked_residual(name: str, residual: Any, input: Tensor, shape: Sequence[int]) -> Tensor:
+    check_floating(name, residual=residual)
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"{name}: residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if residual.dtype != input.dtype or residual.device != input.device:
+        raise ValueError(
+            f"{name}: residual must be {input.dtype} on {input.device} as input is, got {residual.dtype} on "
+            f"{residual.device}"
+        )
+    return residual
 
 
 def _check_input(
@@ -200,11 +223,13 @@ def _reference(
     lower: Tensor,
     upper: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     relu: bool,
+    output_relu: bool,
     channels_last: bool,
 ) -> Tensor:
     """Whole numbers in float64, which holds them all."""
@@ -225,7 +250,8 @@ def _reference(
     output = total * (weight_scale.double().view(-1, 1, 1) / scale.double())
     if bias is not None:
         output = output + bias.double().view(-1, 1, 1)
-    return empty_output(input, output.shape, channels_last).copy_(output.float())
+    output = output.float() if residual is None else output.float() + residual.float()
+    return empty_output(input, output.shape, channels_last).copy_(torch.relu(output) if output_relu else output)
 
 
 def _unblock(blocks: Tensor, outputs: int, channels: int) -> Tensor:
@@ -236,7 +262,7 @@ def _unblock(blocks: Tensor, outputs: int, channels: int) -> Tensor:
 
 
 def _fake(input: Tensor, weight: Tensor, weight_sums: Tensor, *args: Any) -> Tensor:
-    stride, padding, dilation, _, channels_last = args[-5:]
+    stride, padding, dilation, _, _, channels_last = args[-6:]
     sizes = output_sizes(input.shape, weight_sums.shape[1:], stride, padding, dilation)
     return empty_output(input, (input.shape[0], weight_sums.shape[0], *sizes), channels_last)
 
@@ -248,8 +274,8 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
 
 _quantized_conv2d = operator(
     "quantized_conv2d(Tensor input, Tensor weight, Tensor weight_sums, Tensor weight_scale, Tensor? weight_zero,"
-    " Tensor lower, Tensor upper, Tensor? bias, int bits, int[] stride, int[] padding, int[] dilation, bool relu,"
-    " bool channels_last) -> Tensor",
+    " Tensor lower, Tensor upper, Tensor? bias, Tensor? residual, int bits, int[] stride, int[] padding,"
+    " int[] dilation, bool relu, bool output_relu, bool channels_last) -> Tensor",
     reference=_reference,
     fake=_fake,
     vmap=_vmap,

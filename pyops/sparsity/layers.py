@@ -89,7 +89,7 @@ class NMLinear(_Nm, nn.Linear):
     """``torch.nn.Linear`` of which n in every m consecutive weights are kept, chosen by learned scores.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Linear``.
+        args, kwargs: as for ``torch.nn.Linear``.
         n, m: 1 <= n < m <= 16; m divides the number of weights.
 
     Source: Zhang et al., arXiv 2206.06662.
@@ -113,8 +113,10 @@ class NMConv2d(_Nm, nn.Conv2d):
     position and the next output channel.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         n, m: 1 <= n < m <= 16; m divides the number of weights.
+
+    Source: Zhang et al., arXiv 2206.06662.
     """
 
     def __init__(self, *args: Any, n: int = 2, m: int = 4, **kwargs: Any) -> None:
@@ -134,6 +136,8 @@ class SrSte(nn.Module):
     Args:
         n, m: 1 <= n < m <= 16.
         decay: of the elements that are zero.
+
+    Source: Zhou et al., arXiv 2102.04010.
     """
 
     def __init__(self, n: int = 2, m: int = 4, decay: float = 2e-4) -> None:
@@ -170,6 +174,8 @@ class NMSchedule:
 
     Raises:
         TypeError, ValueError: ``model`` has no such layer, or an option is not as stated.
+
+    Source: Zhang et al., arXiv 2206.06662.
     """
 
     def __init__(self, model: nn.Module, final_epoch: int, power: int = 3, freeze: bool = True) -> None:

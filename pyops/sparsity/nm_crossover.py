@@ -45,6 +45,10 @@ def dense_is_faster(product: str, input: Tensor, n: int, m: int, columns: int) -
     if input.device.type != "cpu" or (torch.is_grad_enabled() and input.requires_grad):
         return False
     dtype = torch.get_autocast_dtype("cpu") if is_autocast_enabled("cpu") else input.dtype
-    return any(
-        c.product == product and c.dtype == dtype and n > c.density * m and columns >= c.columns for c in CROSSOVERS
-    )
+    found = [c for c in CROSSOVERS if c.product == product and c.dtype == dtype and n > c.density * m]
+    if not torch.compiler.is_compiling():
+        return any(columns >= c.columns for c in found)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    # Not asked of a size that is left open, since the program would then hold on one side of the crossover only.
+    return any(statically_known_true(columns >= c.columns) for c in found)

@@ -95,6 +95,8 @@ def class_scores(
 
     Raises:
         TypeError, ValueError: as :func:`class_attention_ema`.
+
+    Source: Chen et al., arXiv 2203.03821.
     """
     name = "class_scores"
     _check(name, query=query, key=key)

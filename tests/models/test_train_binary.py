@@ -15,7 +15,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
 from tersor.binary import BinaryConv2d, PackedBinaryConv2d, ReCUConv2d, ReSTEConv2d, recu_tau, reste_o
-from tersor.models import _binary_data, _binary_measure, _binary_train, _command, train_binary
+from tersor.models import _binary_measure, _binary_train, _command, _patches, train_binary
 from tersor.models._binary_measure import BATCHES, measure
 from tersor.models._binary_train import BLOCKS, METHODS, Config, Progress, Run, load_model, predict, train
 from tersor.models._command import StateError
@@ -152,13 +152,13 @@ def test_rate_rises_then_falls_to_zero() -> None:
 
 
 def test_all_methods_see_the_same_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, seen = _binary_data.draw, []
+    draw, seen = _patches.draw, []
 
     def watched(count: int, generator: torch.Generator) -> Any:
         seen.append(draw(count, generator))
         return seen[-1]
 
-    monkeypatch.setattr(_binary_data, "draw", watched)
+    monkeypatch.setattr(_patches, "draw", watched)
     for method in METHODS:
         Run(Config(method, **SMALL)).epoch(1, Progress(), lambda step: None)
     assert len(seen) == 2 * len(METHODS)
@@ -171,39 +171,39 @@ def test_all_methods_see_the_same_patches(monkeypatch: pytest.MonkeyPatch) -> No
 def test_patches_come_from_their_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pixel of a cell is replaced by its part's number, and the patches show which cells they are from."""
     parts, seen = ("train", "validation", "test"), []
-    corners, cell = _binary_data.corners(), _binary_data.CELL
-    for place, picture in enumerate(_binary_data.pictures(cell)):
+    corners, cell = _patches.corners(), _patches.CELL
+    for place, picture in enumerate(_patches.pictures(cell)):
         values = torch.full_like(picture.values, -1)
         for number, part in enumerate(parts):
             for top, left in corners[part][place]:
                 values[top : top + cell, left : left + cell] = number
         monkeypatch.setitem(picture.__dict__, "values", values)
-    monkeypatch.setattr(_binary_data, "folded", lambda patches: seen.append(torch.stack(patches)))
+    monkeypatch.setattr(_patches, "folded", lambda patches: seen.append(torch.stack(patches)))
     for number, part in enumerate(parts):
-        _, labels = _binary_data.draw(300, torch.Generator().manual_seed(0), part)
+        _, labels = _patches.draw(300, torch.Generator().manual_seed(0), part)
         assert bool((seen[-1] == number).all()), part
         assert seen[-1].shape == (300, 24, 24)
         assert len(labels.unique()) == 10
 
 
 def test_patches_that_judge_are_always_the_same() -> None:
-    images, labels = _binary_data.fixed_set("test", 20)
+    images, labels = _patches.fixed_set("test", 20)
     assert images.shape == (20, 9, 8, 8)
-    _binary_data.fixed_set.cache_clear()
-    again, theirs = _binary_data.fixed_set("test", 20)
+    _patches.fixed_set.cache_clear()
+    again, theirs = _patches.fixed_set("test", 20)
     assert torch.equal(images, again)
     assert torch.equal(labels, theirs)
-    assert not torch.equal(images, _binary_data.fixed_set("validation", 20)[0])
+    assert not torch.equal(images, _patches.fixed_set("validation", 20)[0])
 
 
 def test_validation_leaves_the_test_patches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed, asked = _binary_data.fixed_set, []
+    fixed, asked = _patches.fixed_set, []
 
     def watched(part: str, count: int) -> Any:
         asked.append(part)
         return fixed(part, count)
 
-    monkeypatch.setattr(_binary_data, "fixed_set", watched)
+    monkeypatch.setattr(_patches, "fixed_set", watched)
     for part in ("validation", "test"):
         asked.clear()
         train(Config("ste", part=part, **SMALL), tmp_path)

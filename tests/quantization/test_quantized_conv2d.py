@@ -60,8 +60,10 @@ def _raw(name: str, size: Any, dtype: torch.dtype, device: str) -> tuple[Any, ..
         weight.zero,
         *bounds,
         weight.bias,
+        None,
         p["bits"],
         *window,
+        False,
         False,
         False,
     )
@@ -117,6 +119,10 @@ CASES: list[dict[str, Any]] = [
     {"channels": 33, "outputs": 17, "kernel": (1, 1), "size": (7, 14), "bits": 8},
     {"channels": 17, "outputs": 8, "size": (2, 70), "padding": 1, "zero": None},
     {"batch": 1, "channels": 3, "size": (1, 1), "padding": 1, "per_sample": True},
+    {"padding": 1, "output_relu": True, "residual": True},
+    {"channels": 33, "outputs": 17, "kernel": (1, 1), "size": (7, 14), "residual": True, "per_channel": True},
+    {"padding": 1, "stride": 2, "relu": True, "output_relu": True},
+    {"channels": 6, "outputs": 20, "groups": 2, "size": (5, 40), "output_relu": True, "residual": True},
     {"batch": 0},
     {"stride": (1000000, 9), "kernel": (2, 1), "dilation": (1, 1000000)},
 ]
@@ -124,8 +130,15 @@ CASES: list[dict[str, Any]] = [
 
 def split(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of a case, what describes the tensors, and the options of the call."""
-    options = {k: case[k] for k in ("stride", "padding", "dilation", "relu") if k in case}
-    return {k: v for k, v in case.items() if k not in options}, options
+    options = {k: case[k] for k in ("stride", "padding", "dilation", "relu", "output_relu") if k in case}
+    return {k: v for k, v in case.items() if k not in (*options, "residual")}, options
+
+
+def with_residual(p: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options with something to add to the output, about as large."""
+    plain = reference(p, **options)
+    noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(3)).to(plain)
+    return options | {"residual": noise * plain.nan_to_num().abs().mean()}
 
 
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
@@ -135,11 +148,19 @@ def test_every_backend_is_exact(case: dict[str, Any], bounds: tuple[float, float
     assert _backends.running("quantized_conv2d", run[0]) == run[1]
     what, options = split(case)
     p, groups = problem(bounds=bounds, device=run[0], **what)
-    output = quantized_conv2d(**p, **options, **groups)
-    assert_same(output, reference(p, **options, **groups))
+    options |= groups
+    plain = {name: value for name, value in options.items() if name != "output_relu"}
+    if case.get("residual"):
+        options = with_residual(p, options)
+    output = quantized_conv2d(**p, **options)
+    assert_same(output, reference(p, **options))
+    if "residual" in options or "output_relu" in options:  # as if computed after the convolution
+        after = quantized_conv2d(**p, **plain) + options.get("residual", 0)
+        assert_same(output, torch.relu(after) if options.get("output_relu") else after)
+        return
     if p["bits"] == 8 and bounds == (-1.0, 1.0):
         return  # the extra level: see below
-    exact, terms = fake_quantized(p, **options, **groups)
+    exact, terms = fake_quantized(p, **options)
     assert ((output.double() - exact).abs() <= 2 * EPS * terms).all()
 
 
@@ -185,6 +206,7 @@ def problems(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
         dilation=dilation,
         stride=draw(pair(st.integers(1, 3), st.integers(1, 3))),
         relu=draw(st.booleans()),
+        output_relu=draw(st.booleans()),
     )
 
 
@@ -196,9 +218,10 @@ def layouts(x: Tensor) -> Iterator[Tensor]:
     yield torch.cat([x, x], dim=1)[:, x.shape[1] :]
 
 
-@given(drawn=problems(), layout=st.integers(0, 4))
-def test_sweep(drawn: tuple[dict[str, Any], dict[str, Any]], layout: int) -> None:
+@given(drawn=problems(), layout=st.integers(0, 4), residual=st.booleans())
+def test_sweep(drawn: tuple[dict[str, Any], dict[str, Any]], layout: int, residual: bool) -> None:
     p, options = drawn
+    options = with_residual(p, options) if residual else options
     p["input"] = list(layouts(p["input"]))[layout]
     assert_same(quantized_conv2d(**p, **options), reference(p, **options))
 
@@ -220,9 +243,12 @@ def check_all_cases() -> None:
             for case in CASES:
                 what, options = split(case)
                 p, groups = problem(bounds=bounds, dtype=dtype, **what)
+                options |= groups
+                if case.get("residual"):
+                    options = with_residual(p, options)
                 for x in list(layouts(p["input"])):
                     p["input"] = x
-                    assert_same(quantized_conv2d(**p, **options, **groups), reference(p, **options, **groups))
+                    assert_same(quantized_conv2d(**p, **options), reference(p, **options))
 
 
 @pytest.mark.skipif(native is None, reason="the C++ library was not built here")
@@ -456,14 +482,14 @@ def test_operator_protects_its_memory() -> None:
     """Called without the public function, with tensors that do not fit each other."""
     p, _ = problem()
     w = prepare_weight(p["weight"], p["weight_scale"], p["weight_zero"], p["bias"])
-    good = [p["input"], w.blocks, w.sums, w.scale, w.zero, p["lower"], p["upper"], w.bias, 4]
-    window: list[Any] = [[1, 1], [0, 0], [1, 1], False, False]
+    good = [p["input"], w.blocks, w.sums, w.scale, w.zero, p["lower"], p["upper"], w.bias, None, 4]
+    window: list[Any] = [[1, 1], [0, 0], [1, 1], False, False, False]
     operator = torch.ops.tersor.quantized_conv2d
     assert operator(*good, *window).shape == (2, 6, 7, 5)
     if _backends.running("quantized_conv2d", "cpu") == "reference":
         return  # torch's own checks
     wrong = {0: p["input"][:, :1, :1], 1: w.blocks[:, :, :2], 2: w.sums[:2, :1], 3: w.scale[:3], 4: w.zero[:3]}
-    wrong |= {5: torch.zeros(3), 7: torch.zeros(2), 8: 9}
+    wrong |= {5: torch.zeros(3), 7: torch.zeros(2), 8: torch.zeros(2, 6, 7, 4), 9: 9}
     for place, value in wrong.items():
         with pytest.raises((RuntimeError, ValueError)):
             operator(*good[:place], value, *good[place + 1 :], *window)

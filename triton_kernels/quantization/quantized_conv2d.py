@@ -77,11 +77,11 @@ def _quantize_kernel(
 
 @triton.jit(do_not_specialize=_SIZES + _WINDOW)
 def _convolve_kernel(
-    codes, sums, weight, factor, constant, weight_zero, tap_sums, zero, bias, output,
+    codes, sums, weight, factor, constant, weight_zero, tap_sums, zero, bias, residual, output,
     height, width, out_height, out_width, groups, in_channels, channels, out_channels, blocks,
     kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     output_n, output_c, output_p,
-    PER_SAMPLE: tl.constexpr, BIAS: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUTPUT_RELU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tiles = (out_channels + BLOCK_O - 1) // BLOCK_O
@@ -128,19 +128,25 @@ def _convolve_kernel(
     total = products.to(tl.float64) + tl.load(constant + of_sample, mask=real, other=0.0)[None, :]
     w_zero = tl.load(weight_zero + channel, mask=real, other=0.0)
     total += code_sum.to(tl.float64)[:, None] * w_zero[None, :]  # 0 NaN is NaN
-    residual = (pad + z).to(tl.float64)
-    if residual != 0:  # 0 lies beyond the bounds: away with what the taps outside have added
+    excess = (pad + z).to(tl.float64)
+    if excess != 0:  # 0 lies beyond the bounds: away with what the taps outside have added
         for tap in range(taps):
             y = top + tap // kernel_w * dilation_h
             x = left + tap % kernel_w * dilation_w
             outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)
-            added = residual * tl.load(tap_sums + channel * taps + tap, mask=real, other=0.0)
+            added = excess * tl.load(tap_sums + channel * taps + tap, mask=real, other=0.0)
             total -= tl.where(outside[:, None], added[None, :], 0.0)
     total *= tl.load(factor + of_sample, mask=real, other=0.0)[None, :]
     if BIAS:
         total += tl.load(bias + channel, mask=real, other=0.0)[None, :]
-    rows = output + sample * output_n + p.to(tl.int64)[:, None] * output_p + channel[None, :] * output_c
-    tl.store(rows, total.to(tl.float32).to(output.dtype.element_ty), mask=valid[:, None] & real[None, :])
+    place = sample * output_n + p.to(tl.int64)[:, None] * output_p + channel[None, :] * output_c
+    present = valid[:, None] & real[None, :]
+    result = total.to(tl.float32)
+    if RESIDUAL:
+        result += tl.load(residual + place, mask=present, other=0.0).to(tl.float32)
+    if OUTPUT_RELU:
+        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(output + place, result.to(output.dtype.element_ty), mask=present)
 
 
 def quantized_conv2d(
@@ -152,11 +158,13 @@ def quantized_conv2d(
     lower: Tensor,
     upper: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     relu: bool,
+    output_relu: bool,
     channels_last: bool,
 ) -> Tensor:
     """The operator ``tersor::quantized_conv2d`` for float16, bfloat16 and float32."""
@@ -169,8 +177,12 @@ def quantized_conv2d(
     format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (batch, outputs, out_height, out_width)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=format)
+    if residual is not None and (residual.shape != output.shape or residual.dtype != output.dtype):
+        given = f"{residual.dtype} {tuple(residual.shape)}"
+        raise ValueError(f"quantized_conv2d: residual must be {output.dtype} {tuple(output.shape)}, got {given}")
     if not output.numel():
         return output
+    residual = None if residual is None else residual.contiguous(memory_format=format)  # the output's strides
     codes = torch.empty((batch, groups, height * width, channels), dtype=torch.int8, device=input.device)
     sums = torch.empty((batch, groups, height * width), dtype=torch.float32, device=input.device)
     points = input.stride(1) == 1 and input.stride(2) == width * input.stride(3)
@@ -198,11 +210,24 @@ def quantized_conv2d(
         per_image = triton.cdiv(out_height * out_width, tile["BLOCK_P"])
         grid = (per_image * triton.cdiv(outputs // groups, tile["BLOCK_O"]), batch * groups)
         shift = None if bias is None else bias.double()
-        tensors = (codes, sums, weight.contiguous(), factor, constant, exact_zero, tap_sums, zero, shift, output)
+        tensors = (
+            codes,
+            sums,
+            weight.contiguous(),
+            factor,
+            constant,
+            exact_zero,
+            tap_sums,
+            zero,
+            shift,
+            residual,
+            output,
+        )
         sizes = (height, width, out_height, out_width, groups, inputs, channels, outputs // groups, blocks)
         window = (kernel_h, kernel_w, *stride, *padding, *dilation)
         strides = (output.stride(0), output.stride(1), outputs if channels_last else 1)
-        constants = per_sample | {"BIAS": bias is not None}
+        end = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "OUTPUT_RELU": output_relu}
+        constants = per_sample | end
         _convolve_kernel[grid](*tensors, *sizes, *window, *strides, **constants, **tile, **OPTIONS)
     return output
 
@@ -214,12 +239,13 @@ def ahead_of_time_cases() -> Iterator[tuple[Any, str, dict[str, str], dict[str, 
     tensors |= dict.fromkeys(("factor", "constant", "weight_zero", "tap_sums", "bias"), "*fp64:16")
     tensors |= dict.fromkeys(("size", "in_channels", "channels", "input_n", "step", "output_n"), "i32:16")
     for name, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
-        types = tensors | {"input": f"*{name}:16", "output": f"*{name}:16"}
+        types = tensors | dict.fromkeys(("input", "residual", "output"), f"*{name}:16")
         for points in (False, True):
             fixed = {"PER_SAMPLE": False, "BITS": 8, "RELU": True, "POINTS": points} | _quantize_tile(64, itemsize)
             signature = {a: types.get(a, "i32") for a in _quantize_kernel.arg_names if a not in fixed}
             yield _quantize_kernel, f"{name} {'points' if points else 'planes'}", signature, fixed, OPTIONS
-        fixed = {"PER_SAMPLE": False, "BIAS": True, "output_p": 1} | _convolve_tile(64, 64)
+        end = {"BIAS": True, "RESIDUAL": True, "OUTPUT_RELU": True}
+        fixed = {"PER_SAMPLE": False, "output_p": 1} | end | _convolve_tile(64, 64)
         signature = {a: types.get(a, "i32") for a in _convolve_kernel.arg_names if a not in fixed}
         yield _convolve_kernel, f"{name} 64 to 64 channels", signature | {"in_channels": "i32"}, fixed, OPTIONS
 
