@@ -49,6 +49,10 @@ class Compression(nn.Module):
         self.folded: dict[str, str] = {}  # convolutions, and the norms that convert_ multiplied into them
         self.register_load_state_dict_post_hook(_read_step)
 
+    def forward(self, input: Any) -> Any:
+        """The input itself: a ``torch.nn.Sequential`` calls all its modules, this one last."""
+        return input
+
     def convert(self, folded: dict[str, str]) -> None:
         """The model has been converted: there are no steps any more."""
         self.converted, self.folded = True, folded
