@@ -32,6 +32,7 @@ class CompressedLayer:
     quantize_weight: LsqWeight | PercentileWeight | FreezingWeight | None
     scores: NMScores | None
     plan: FreezePlan | None
+    planned: Tensor
 
     def _configure(self, transforms: Iterable[Transform]) -> None:
         found: dict[type[Any], Any] = {type(transform): transform for transform in transforms}
@@ -46,6 +47,10 @@ class CompressedLayer:
                 self.quantize_input = bounds.to(self.weight.device, _exact(self.weight.dtype))
         if self.sparsity is not None and self.sparsity.method == "lbc":
             self.scores = NMScores(self.weight, self.sparsity.n, self.sparsity.m)
+        if isinstance(self.quantize_weight, FreezingWeight) and self.freezing is not None:
+            # The mask that the plan is of, since a run that resumes has to leave out the same.
+            nn.Module.register_buffer(self, "planned", torch.zeros_like(self.quantize_weight.frozen))  # type: ignore
+            nn.Module.register_load_state_dict_post_hook(self, _plan_again)  # type: ignore[arg-type]
 
     def compressed_weight(self) -> Tensor:
         """The weight that the product is computed with."""
@@ -68,10 +73,15 @@ class CompressedLayer:
         """Looks at what is frozen; the backward pass leaves it out from now on."""
         if not isinstance(self.quantize_weight, FreezingWeight) or self.freezing is None:
             return
+        self.planned.copy_(self.quantize_weight.frozen)
+        self._plan()
+
+    def _plan(self) -> None:
+        assert self.freezing is not None
         border = getattr(self, "_reversed_padding_repeated_twice", [0] * 4)
         if border[0] == border[1] and border[2] == border[3]:  # frozen_conv2d pads as much on either side
-            groups, mask = getattr(self, "groups", 1), self.quantize_weight.frozen
-            self.plan = freeze_plan(mask, self.weight.shape, self.freezing.tile, groups=groups)
+            groups = getattr(self, "groups", 1)
+            self.plan = freeze_plan(self.planned, self.weight.shape, self.freezing.tile, groups=groups)
 
     @property
     def skips(self) -> bool:
@@ -142,6 +152,11 @@ def compressed(layer: nn.Conv2d | nn.Linear, transforms: Iterable[Transform]) ->
     made.weight, made.bias = layer.weight, layer.bias
     made._configure(transforms)
     return made.train(layer.training)
+
+
+def _plan_again(layer: Any, incompatible: Any) -> None:
+    if not layer.planned.is_meta:
+        layer._plan()
 
 
 def _weight_quantizer(weight: Tensor, options: FakeQuantize) -> LsqWeight | PercentileWeight | FreezingWeight:
