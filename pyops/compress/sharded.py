@@ -58,7 +58,7 @@ def reshard_(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module, layer: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module, layer: Any) -> Iterator[None]:
     """The layer's parameters are whole within."""
     owners = [module for module in fully_sharded(model) if any(each is layer for each in module.modules())]
     if not owners:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +35,7 @@ from tersor import compress
 
 
 def sharded(model: Any, **options: Any) -> Any:
+    options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in model.parts():
         fully_shard(part, **options)
         if hasattr(part, "class_token"):
