@@ -114,7 +114,7 @@ def test_two_forward_passes_before_a_backward_pass(results: Any, kind: str) -> N
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapped_model_is_calibrated_alike(results: Any, kind: str) -> None:
-    assert results(kind)[0]["calibrated"] == [True, True]
+    assert results(kind)[0]["calibrated"] == [True, True, True]
 
 
 def test_a_wrapped_model_is_not_converted(results: Any) -> None:
@@ -136,6 +136,27 @@ def test_a_sharded_checkpoint_goes_on_with_two_processes_and_with_one(results: A
     dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
     torch.testing.assert_close(training.train(model, optimizer, steps=range(5, 9)), uninterrupted, **CLOSE)
+
+
+def test_operators_compute_on_pieces_what_they_do_on_the_whole(results: Any) -> None:
+    found = results("fsdp")[0]["rules"]
+    assert {name.split()[0] for name in found} >= {"lsq", "lsq+", "pact", "affine", "bounds", "add", "nm_sparsify"}
+    for name, (far, place, gradients) in found.items():
+        dim = int(name[-1])
+        by_rows = "sparsify" in name
+        assert far < 1e-13, name
+        assert place == (f"S({dim})" if not by_rows or (dim == 0 and "uneven" not in name) else "R"), name
+        assert gradients[0] == place, name
+        assert by_rows or set(gradients[1:]) <= {place, "P(sum)"}, name
+
+
+def test_operators_without_a_rule_say_so(results: Any) -> None:
+    assert "percentile_bounds" in results("fsdp")[0]["no rule"]
+
+
+def test_the_rules_are_not_imported_before_they_are_asked_for() -> None:
+    code = "import sys, tersor, tersor.sharding; sys.exit('torch.distributed.tensor.experimental' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize("recipe", training.HALF)

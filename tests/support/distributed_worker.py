@@ -28,9 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import tersor
+import tersor.sharding
 from tersor import compress
 
 
@@ -99,6 +101,22 @@ def calibrated(wrap: Callable[[Any], Any], model: str, recipe: str) -> bool:
     return digest(gathered(wrapped)) == digest(before.state_dict())
 
 
+def mean_bounds(wrap: Callable[[Any], Any]) -> bool:
+    """Each process calibrates with its own images: the bounds are the same, and the mean of what each would set."""
+    model = training.prepared_without_calibration("convolutions", "lsq")
+    first: Any = model.get_submodule("first.2")
+    inputs: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    wrapped = wrap(model)
+    compress.calibrate_(wrapped, training.data(0)[0].chunk(2)[dist.get_rank()])
+    hook.remove()
+    expected = torch.cat(tersor.percentile_bounds(inputs[0].float(), first.quantize_input.percentile)).double()
+    dist.all_reduce(expected)
+    state = gathered(wrapped)
+    found = torch.cat([state[f"first.2.quantize_input.{each}"] for each in ("lower", "upper")])
+    return same_everywhere(digest(state)) and bool((found - expected / 2).abs().max() < 1e-6)
+
+
 def accumulated(wrap: Callable[[Any], Any], model: str, recipe: str) -> list[float]:
     """Two forward passes before one backward pass."""
     wrapped = wrap(training.prepared(model, recipe))
@@ -132,7 +150,9 @@ def ddp(folder: Path) -> dict[str, Any]:
     for model, recipe in training.CASES:
         results[f"{model} {recipe}"] = case(DistributedDataParallel, model, recipe, folder)  # broadcasts buffers
     results["accumulated"] = accumulated(plain_wrap, "convolutions", "all")
-    results["calibrated"] = [calibrated(plain_wrap, "convolutions", each) for each in ("lsq", "lts")]
+    results["calibrated"] = [calibrated(plain_wrap, "convolutions", each) for each in ("lsq", "lts")] + [
+        mean_bounds(plain_wrap)
+    ]
     results["refused"] = refused(plain_wrap(training.prepared("convolutions", "lsq")))
     return results
 
@@ -142,11 +162,14 @@ def fsdp(folder: Path) -> dict[str, Any]:
     for model, recipe in training.CASES:
         results[f"{model} {recipe}"] = case(sharded, model, recipe, folder)
     results["accumulated"] = accumulated(sharded, "convolutions", "all")
-    results["calibrated"] = [calibrated(sharded, "convolutions", each) for each in ("lsq", "lts")]
+    results["calibrated"] = [calibrated(sharded, "convolutions", each) for each in ("lsq", "lts")] + [
+        mean_bounds(sharded)
+    ]
     results["refused"] = refused(sharded(training.prepared("convolutions", "lsq")))
     results["columns"] = columns()
     results["checkpoint"] = checkpoint(folder / "checkpoint")
     results["half"] = {recipe: half(recipe) for recipe in training.HALF}
+    results["rules"], results["no rule"] = rules(), without_rule()
     gather(folder)
     return results
 
@@ -199,6 +222,66 @@ def gather(folder: Path) -> None:
             expected = whole(images)
             found = compress.convert_(whole)(images)
         torch.save({"expected": expected, "found": found}, folder / "converted.pt")
+
+
+def rules() -> dict[str, Any]:
+    """Each operator on pieces: how far outputs and gradients are from those of whole tensors, and where they lie."""
+    tersor.sharding.register()
+    tersor.sharding.register()  # which does nothing
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(8, 16, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    odd = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    narrow = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    one, rows, columns = torch.tensor([0.3]).double(), torch.full((8, 1, 1, 1), 0.3).double(), torch.full((1, 6), 0.2)
+    scores = torch.rand(8 * 16 * 9 // 4, 6, generator=generator, dtype=torch.float64).round(decimals=1)
+    calls: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
+        "lsq": (lambda *a: tersor.fake_quantize_lsq(*a, 4, True), (x, one), 1),
+        "lsq by rows": (lambda *a: tersor.fake_quantize_lsq(*a, 4, True), (x, rows), 1),
+        "lsq odd": (lambda *a: tersor.fake_quantize_lsq(*a, 4, True), (odd, columns.double()), 1),
+        "lsq+": (lambda *a: tersor.fake_quantize_lsq_plus(*a, 4), (x, one, -one), 1),
+        "pact": (lambda *a: tersor.fake_quantize_pact(*a, 4), (x, one), 1),
+        "affine": (lambda *a: tersor.fake_quantize_affine(*a, -8, 7), (x, one, torch.ones_like(one)), 1),
+        "bounds": (lambda *a: tersor.fake_quantize_bounds(*a, 4), (x, -rows, rows), 1),
+        "add": (lambda *a: tersor.fake_quantize_add(*a, 4), (x, other, -one, one, -one, one), 2),
+        "nm_sparsify": (lambda *a: tersor.nm_sparsify(*a, 2, 4), (x, scores), 1),
+        "srste_sparsify": (lambda w: tersor.srste_sparsify(w, 2, 4), (x,), 1),
+        "srste_sparsify uneven": (lambda w: tersor.srste_sparsify(w, 2, 4), (narrow,), 1),
+    }
+    return {
+        f"{name} {dim}": on_pieces(function, tensors, cut, dim)
+        for name, (function, tensors, cut) in calls.items()
+        for dim in range(tensors[0].dim())
+    }
+
+
+def on_pieces(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], cut: int, dim: int
+) -> tuple[float, str, list[str]]:
+    """The largest difference, the output's placement, and those of the gradients."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = [each.clone().requires_grad_() for each in tensors]
+    expected = function(*whole)
+    factor = torch.sin(torch.arange(expected.numel(), dtype=torch.float64)).reshape(expected.shape)
+    (expected * factor).sum().backward()
+    pieces = []
+    for i, each in enumerate(tensors):
+        place = Shard(dim) if i < cut else Replicate()
+        pieces.append(distribute_tensor(each, mesh, [place]).requires_grad_())
+    found: Any = function(*pieces)
+    (found * distribute_tensor(factor, mesh, found.placements)).sum().backward()
+    pairs: list[tuple[Any, Any]] = [(found, expected), *((a.grad, b.grad) for a, b in zip(pieces, whole, strict=True))]
+    far = max((a.full_tensor() - b).abs().max().item() for a, b in pairs)
+    return far, str(found.placements[0]), [str(each.grad.placements[0]) for each in pieces]
+
+
+def without_rule() -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = distribute_tensor(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), mesh, [Shard(0)])
+    try:
+        tersor.percentile_bounds(weight)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
 
 
 def main() -> None:
