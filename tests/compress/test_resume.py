@@ -50,8 +50,8 @@ def test_an_earlier_state_brings_its_own_plan() -> None:
     images = torch.randn(4, 8)
     compress.calibrate_(model, images)
     early = {name: value.clone() for name, value in model.state_dict().items()}
-    model(images).sum().backward()
-    compress.step(model)
+    for _ in range(2):  # the first only begins the distances
+        compress.step(model)
     assert model.plan.level == "layer"
     model.load_state_dict(early)
     model.zero_grad()
@@ -66,7 +66,7 @@ def test_the_mask_of_a_removal_goes_with_its_scores() -> None:
     scores = NMScores(weight, 2, 4)
     scores.remove_(5)
     alpha = torch.zeros_like(scores.alpha)
-    alpha[:, 5] = 1
+    alpha[:, 0] = 1
     other = nn.Parameter(alpha.clone())
     while other._version < scores.alpha._version:
         torch.autograd.graph.increment_version(other)
