@@ -303,7 +303,7 @@ def calibrate_(model: nn.Module, *batch: Any, **more: Any) -> Any:
     The pass runs layer by layer on what the quantised layers before give, without a gradient, in the mode that the
     model is in: for a trained network call ``model.eval()`` before; a new one has to be in training mode, so that norms
     use the batch's statistics (their running ones move). In distributed training every process calls it, before the
-    model is wrapped, and takes the mean of all processes' bounds.
+    model is wrapped or after, and takes the mean of all processes' bounds.
 
     Args:
         model: prepared.
@@ -357,7 +357,8 @@ def step(model: nn.Module) -> None:
 
     Scores are removed, weights freeze, and binary layers' functions come nearer to a sign, each as the transforms say.
     Further calls than ``steps`` of :func:`prepare_` change only what training itself changed. In distributed training
-    every process calls it; it comes to the same state everywhere, since the weights are the same.
+    every process calls it; it comes to the same state everywhere, since the weights are the same. Of a model that
+    ``fully_shard`` cut, it puts together the weights that freeze, one layer's after the other's.
 
     Raises:
         TypeError, ValueError: the model is not prepared.

@@ -167,6 +167,12 @@ def test_mixed_precision_stays_finite(results: Any, recipe: str) -> None:
     torch.testing.assert_close(losses[0], single("convolutions", recipe)[0][0], rtol=0.05, atol=0)
 
 
+def test_autocast_stays_finite(results: Any) -> None:
+    losses = results("fsdp")[0]["autocast"]
+    assert all(map(math.isfinite, losses))
+    torch.testing.assert_close(losses[0], single("convolutions", "all")[0][0], rtol=0.05, atol=0)
+
+
 def test_a_gathered_state_converts(results: Any) -> None:
     saved = torch.load(results("fsdp")[1] / "converted.pt", weights_only=True)
     torch.testing.assert_close(saved["found"], saved["expected"], rtol=1e-4, atol=1e-4)

@@ -167,6 +167,7 @@ def fsdp(folder: Path) -> dict[str, Any]:
     results["columns"] = columns()
     results["checkpoint"] = checkpoint(folder / "checkpoint")
     results["half"] = {recipe: half(recipe) for recipe in training.HALF}
+    results["autocast"] = autocast()
     results["rules"], results["no rule"] = rules(), without_rule()
     gather(folder)
     return results
@@ -204,6 +205,13 @@ def half(recipe: str) -> list[float]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(training.prepared("convolutions", recipe, torch.float32), mp_policy=policy)
     return train(model, training.optimizer_of(model))
+
+
+def autocast() -> list[float]:
+    """Mixed precision of the operators, with parameters in float32."""
+    model = sharded(training.prepared("convolutions", "all", torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        return train(model, training.optimizer_of(model))
 
 
 def gather(folder: Path) -> None:
