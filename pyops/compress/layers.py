@@ -98,7 +98,8 @@ class CompressedLayer:
 
 
 def _plan_again(layer: Any, incompatible: Any) -> None:
-    layer.make_plan()
+    if not layer.skippable.is_meta:
+        layer.make_plan()
 
 
 class CompressedConv2d(CompressedLayer, nn.Conv2d):
@@ -161,6 +162,11 @@ def compressed(layer: nn.Conv2d | nn.Linear, transforms: Iterable[Transform]) ->
     made.weight, made.bias = layer.weight, layer.bias
     made._configure(transforms)
     return made.train(layer.training)
+
+
+def _plan_again(layer: Any, incompatible: Any) -> None:
+    if not layer.planned.is_meta:
+        layer._plan()
 
 
 def _weight_quantizer(weight: Tensor, options: FakeQuantize) -> LsqWeight | PercentileWeight | FreezingWeight:
