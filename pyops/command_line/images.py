@@ -140,13 +140,13 @@ class Reading:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise CommandError(f"the model must take 1 or 3 channels, it takes {self.channels}")
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
             if len(values) != self.channels:
                 raise CommandError(f"{name} must have {self.channels} numbers, one a channel, got {len(values)}")
-        if self.channels not in (1, 3):
-            raise CommandError(f"the model must take 1 or 3 channels, it takes {self.channels}")
         if not all(value > 0 for value in self.std):
             raise CommandError(f"std must be above 0, got {' '.join(map(str, self.std))}")
 
