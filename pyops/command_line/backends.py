@@ -1,7 +1,9 @@
 """Says what every operator runs on here, and why not on something faster.
 
-tersor backends
-tersor backends --json
+    tersor backends
+    tersor backends --json
+
+The environment switches that change it are in docs/environment.md.
 """
 
 from __future__ import annotations

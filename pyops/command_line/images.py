@@ -72,9 +72,8 @@ def list_images(root: Path) -> Listing:
     else:
         for name in ("train", *TEST_NAMES):
             if (root / name).is_dir() and any(each.is_dir() for each in (root / name).iterdir()):
-                raise CommandError(
-                    f"{root}: must have train and test (or val), or a folder per class, it has {name} only"
-                )
+                wanted = "train and test (or val), or a folder for each class"
+                raise CommandError(f"{root}: must have {wanted}; it has {name} only")
         found = _classes(root)
         halves = {name: _split(root / name, paths) for name, paths in found.items()}
         train, test = ({name: half[part] for name, half in halves.items()} for part in (0, 1))

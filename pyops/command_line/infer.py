@@ -1,7 +1,9 @@
-"""Tells what is on images, by a model that ``tersor compress`` wrote; its file is all that is needed.
+"""Tells what is on images, by a model that ``tersor compress`` wrote.
 
-tersor infer small/model.safetensors photographs/test/moon --top 3
-tersor infer small/model.safetensors one.jpg two.jpg --json
+    tersor infer small/model.safetensors photographs/test/moon --top 3
+    tersor infer small/model.safetensors one.jpg two.jpg --json
+
+The file is all that is needed: it says what model it is, its classes, and how images are read.
 """
 
 from __future__ import annotations

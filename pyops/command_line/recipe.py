@@ -1,7 +1,9 @@
 """Prints an example recipe, or says which layers of a model a recipe changes and why not the others.
 
-tersor recipe > recipe.toml
-tersor recipe --check recipe.toml --model torchvision:resnet18
+    tersor recipe > recipe.toml
+    tersor recipe --check recipe.toml --model torchvision:resnet18
+
+A recipe is a file of TOML, see tersor.compress.Recipe.
 """
 
 from __future__ import annotations

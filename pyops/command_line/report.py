@@ -1,6 +1,8 @@
 """Says what each layer of a compressed model takes, from its file.
 
-tersor report small/model.safetensors
+    tersor report small/model.safetensors
+
+Multiply-adds are those of one image, dense.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_every_help_has_an_example_and_explains_each_option(command: str, capsys
         main([command, "--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    assert f"    tersor {command} " in text
+    assert f"\n    tersor {command}" in text
     parser = shared.Parser()
     commands = parser.add_subparsers()
     module = sys.modules[f"tersor.command_line.{command}"]
@@ -132,11 +132,11 @@ def test_the_example_recipe_is_the_documentations_and_works(tmp_path: Path, caps
     assert len(compress.Recipe.from_toml(whole).rules) == 3  # what is in comments is valid too
     check = ["recipe", "--check", str(tmp_path / "recipe.toml"), "--model", "resnet20", "--option", "width=6"]
     table = output_of(check, capsys)
-    assert "10 layers change" in table or "layers change" in table
-    lines = [line for line in table.splitlines() if line.lstrip().startswith(("conv1 ", "layer1.0.conv1 ", "layer3.1"))]
-    assert "the first or last layer" in " ".join(" ".join(table.split()).split())
-    assert "4 does not divide its 6 inputs" in " ".join(table.split())
-    assert lines
+    assert "12 layers change" in table
+    words = " ".join(table.split())
+    assert "conv1 the first or last layer" in words
+    assert "layer1.0.conv1 4 does not divide its 6 inputs" in words
+    assert "layer3.1.conv1 4-bit lts, 4-bit input, 2:4 lbc, freeze by tile" in words
 
 
 def test_recipe_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,16 +144,13 @@ def test_recipe_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     file.write_text('[[rule]]\nlayers = ["nothing"]\nNMSparse = {}\n')
     assert "'nothing'" in error_of(["recipe", "--check", str(file), "--model", "resnet20"], capsys)
     assert "none.toml" in error_of(["recipe", "--check", str(tmp_path / "none.toml"), "--model", "resnet20"], capsys)
-    file.write_text("[[rule]]\nNMSparse = {}\n")
-    assert "cannot be imported" in error_of(
-        ["recipe", "--check", str(file), "--model", "transformers:Nothing"], capsys
-    ) or "has no model class" in error_of(["recipe", "--check", str(file), "--model", "transformers:Nothing"], capsys)
+    error = error_of(["recipe", "--check", str(file), "--model", "transformers:Nothing"], capsys)
+    assert "model transformers:Nothing" in error or "has no model class 'Nothing'" in error  # installed or not
 
 
 def test_bench_times_what_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--layers", "conv:8x6", "linear:16x8x3", "linear:6x5x2", "--batch", "2", "--rounds", "3"]
-    text = output_of([*arguments, "--threads", "1", "--output", str(tmp_path)], capsys)
-    assert "conv 3x3 8>8 6x6" in " ".join(text.split())
+    assert "Times faster than float32" in output_of([*arguments, "--threads", "1", "--output", str(tmp_path)], capsys)
     contents = json.loads((tmp_path / "bench.json").read_text())
     assert contents["threads"] == 1
     assert [each["layer"] for each in contents["results"]] == [
