@@ -24,6 +24,16 @@ DESCRIPTION = """Efficient vision models: what runs here, what it gains, and fro
 """
 
 
+def build_parser() -> Parser:
+    """With all subcommands."""
+    parser = Parser(prog="tersor", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"tersor {tersor.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (backends, bench, compress, infer, recipe, report):
+        module.add(commands)
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the process's exit status.
 
@@ -34,12 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 for a failure, of which one line on stderr says what it is; 130 after Ctrl-C. Bad usage raises SystemExit
         with status 2.
     """
-    parser = Parser(prog="tersor", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"tersor {tersor.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (backends, bench, compress, infer, recipe, report):
-        module.add(commands)
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     name = f"tersor {options.command}"
     try:
         return options.run(options) or 0

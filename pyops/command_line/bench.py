@@ -70,8 +70,10 @@ def run(options: argparse.Namespace) -> int:
         show(len(cases), 0, "")
     speed, size, below = _speed_table(results, bool(options.model)), _size_table(results), _below(options)
     ratios = [[*row[:3], *(cell.partition("(")[2].rstrip(")") or cell for cell in row[3:])] for row in speed]
-    print_table(console, "Times faster than float32", ratios, " ".join(below[1:]), left=1)
+    print_table(console, "Times faster than float32", ratios, "", left=1)
     print_table(console, "MB as stored", size, "", left=1)
+    for line in below[1:]:
+        say(console, line)
     failed = [f"{each.case}, {way}: {reason}" for each in results for way, reason in each.failed.items()]
     if options.output:
         _write(console, options, results, speed, size, [*below, *failed])

@@ -103,8 +103,9 @@ def run(options: argparse.Namespace) -> None:
     found.test_trained(small)
     _save(small.cpu(), output / "model.safetensors", source, task)
     found.measure(model.cpu(), load(output / "model.safetensors"), output)
-    print_table(console, f"{source} on {options.data}", *found.table())
-    for line in found.notes():
+    rows, caption = found.table()
+    print_table(console, f"{source} on {options.data}", rows, "")
+    for line in (caption, *found.notes()):
         say(console, line)
     for path in (output / "model.safetensors", output / "dense.safetensors", *found.write(output)):
         say(console, f"  wrote {path}")
@@ -146,13 +147,14 @@ def _read(console: Any, options: argparse.Namespace, listing: Any, model: nn.Mod
     if needed > memory:
         say(console, f"they would take {needed / GIGABYTE:.1f} GB (--memory): read again for each batch")
         memory = 0
-    with training_bar(console, "reading", 1, len(listing.train) + len(listing.test)) as show:
-        sets, before = [], 0
-        for part in (listing.train, listing.test):
-            shift = before
-            sets.append(ImageSet(part, reading, memory, options.threads, lambda done, n=shift: show(0, n + done, "")))
-            before += len(part)
-    return Task(listing.classes, sets[0], sets[1], reading)
+    total = len(listing.train) + len(listing.test)
+    with training_bar(console, "reading", 1, total) as show:
+
+        def read(part: Any, before: int) -> ImageSet:
+            return ImageSet(part, reading, memory, options.threads, lambda done: show(0, before + done, ""))
+
+        train, test = read(listing.train, 0), read(listing.test, len(listing.train))
+    return Task(listing.classes, train, test, reading)
 
 
 def _config(

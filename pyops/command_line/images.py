@@ -79,8 +79,10 @@ def list_images(root: Path) -> Listing:
         train, test = ({name: half[part] for name, half in halves.items()} for part in (0, 1))
         split = f"no train and test in {root}: one image in {TEST_SHARE}, chosen by a hash of its name, is for testing"
     classes = tuple(sorted(train))
-    entries = (tuple((path, i) for i, name in enumerate(classes) for path in part[name]) for part in (train, test))
-    return Listing(root, classes, *entries, split)
+    first, second = (
+        tuple((path, i) for i, name in enumerate(classes) for path in part[name]) for part in (train, test)
+    )
+    return Listing(root, classes, first, second, split)
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:

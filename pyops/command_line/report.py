@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     found = compress.read(options.artefact)
     model = compress.load(options.artefact)
-    example = ()
+    example: tuple[torch.Tensor, ...] = ()
     if {"channels", "size"} <= set(found.metadata):  # those that tersor compress writes
         size = int(found.metadata["size"])
         example = (torch.zeros(1, int(found.metadata["channels"]), size, size),)
