@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import tersor
-from tersor import compress
+from tersor import command_line, compress
 from tersor.command_line import bench_layers, images, main, networks, recipe, shared, timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,3 +230,15 @@ def test_missing_extras_give_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     error = error_of(["infer", str(small / "model.safetensors"), "x.png"], capsys)
     assert 'needs pillow, numpy, safetensors: pip install "tersor[command-line]"' in error
+
+
+def test_the_commands_of_the_documentation_are_understood() -> None:
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("tersor ")]
+    found = set()
+    for line in lines:
+        words = shlex.split(line.partition(">")[0], comments=True)[1:]
+        if words != ["--version"]:
+            found.add(command_line.build_parser().parse_args(words).command)
+    assert found == set(COMMANDS)
