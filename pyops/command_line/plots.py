@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 DENSE, COMPRESSED = "#888888", "#d62728"
 MOST_LAYERS = 40  # the largest ones
@@ -40,7 +41,8 @@ def _accuracy(found: Any) -> Any:
         if any(values):
             axis.plot(epochs, [100 * v for v in values], style, color="#1f77b4", linewidth=1, label=f"weights {name}")
     axis.set_xlabel("epoch")
-    axis.set_ylabel("test images told right (%)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylabel("test images told right, and\nshare of all weights (%)")
     axis.legend(fontsize=8)
     return figure
 

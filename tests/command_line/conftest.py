@@ -8,12 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("PIL")
-pytest.importorskip("safetensors")
-
-import numpy as np
-from PIL import Image
-
 from tersor.command_line import main
 
 SIDE = 16
@@ -30,13 +24,14 @@ SMALL = ["--model", "resnet20", "--option", "width=8", "--size", str(SIDE), "--b
 
 def write_images(folder: Path, count: int, classes: tuple[str, ...] = tuple(COLOURS), seed: int = 0) -> Path:
     """Noisy images of one colour in a folder for each class."""
+    np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
     random = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True)
         for number in range(count):
             noise = random.normal(0, 40, (SIDE + 4, SIDE, 3))
             values = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(values).save(folder / name / f"{number}.png")
+            image.fromarray(values).save(folder / name / f"{number}.png")
     return folder
 
 

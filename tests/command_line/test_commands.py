@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("PIL")
+pytest.importorskip("safetensors")
+
 import tersor
 from tersor import command_line, compress
 from tersor.command_line import bench_layers, images, main, networks, recipe, shared, timing

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("safetensors")
+
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+
+import numpy as np
 from PIL import Image
 
 from tersor.command_line.images import GREY, IMAGENET, ImageSet, Reading, augment, list_images
