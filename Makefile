@@ -11,6 +11,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/native
 	$(PY) -m tersor.models.train_digits --output demo
+	$(PY) -m tersor.models.write_photographs demo/photographs
+	$(PY) -m tersor compress --model resnet20 --option in_chans=1 --data demo/photographs --size 24 \
+	    --recipe docs/recipe.toml --epochs 8 --output demo/small
+	$(PY) -m tersor infer demo/small/model.safetensors --top 2 \
+	    demo/photographs/test/brick/0000.png demo/photographs/test/coins/0000.png demo/photographs/test/moon/0000.png
 
 # Two workers of two threads each on two cores: waiting threads sleep, since spinning takes half of the time.
 test: export OMP_WAIT_POLICY := PASSIVE

@@ -164,11 +164,6 @@ def compressed(layer: nn.Conv2d | nn.Linear, transforms: Iterable[Transform]) ->
     return made.train(layer.training)
 
 
-def _plan_again(layer: Any, incompatible: Any) -> None:
-    if not layer.planned.is_meta:
-        layer._plan()
-
-
 def _weight_quantizer(weight: Tensor, options: FakeQuantize) -> LsqWeight | PercentileWeight | FreezingWeight:
     if options.method == "lsq":
         return LsqWeight(weight.detach(), options.bits)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tersor import compress
 from tersor.compress.layers import CompressedLayer
 
-# Each transform once, on one model or the other; with levels of "lts" below. The ViT has no convolutions between its ends, which ReCU is for.
+# Each transform once, on one model or the other; levels of "lts" are below. ReCU is for convolutions between the ends,
+# of which the ViT has none.
 CASES = [("vit", "lsq-srste"), ("resnet", "ddtb-lbc"), ("resnet", "recu"), ("vit", "reste")]
 
 
