@@ -37,8 +37,8 @@ def checks(device: str) -> list[Check]:
     ranks = torch.linspace(1, 2, 9, device=device).expand(2, 9)
     tokens, image = (2, 10, 8), (2, 8, 7, 6)
 
-    def prune(*tensors: Tensor) -> Tensor:
-        return tersor.prune_tokens(ranks.to(tensors[0].device), *tensors, count=5)[1]
+    def prune(input: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return tersor.prune_tokens(ranks.to(input.device), input, branch, weight, bias, count=5)[1]
 
     def quantize(input: Tensor) -> Tensor:
         return tersor.fake_quantize_bounds(input, lower.to(input.device), upper.to(input.device), bits=4)
@@ -46,21 +46,26 @@ def checks(device: str) -> list[Check]:
     def freeze(input: Tensor, weight: Tensor) -> Tensor:
         return tersor.frozen_linear(input, weight, frozen=frozen.to(input.device))
 
+    def windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        return tersor.window_attention(query, key, value, 4, (2, 2), bias)
+
     return [
         Check(
-            "dilated_attention_forward", lambda *qkv: tersor.dilated_attention(*qkv, 3, (1, 2)), [(2, 7, 6, 2, 8)] * 3
+            "dilated_attention_forward",
+            lambda query, key, value: tersor.dilated_attention(query, key, value, 3, (1, 2)),
+            [(2, 7, 6, 2, 8)] * 3,
         ),
-        Check(
-            "window_attention_forward",
-            lambda *tensors: tersor.window_attention(*tensors[:3], 4, (2, 2), tensors[3]),
-            [*[(2, 8, 8, 2, 8)] * 3, (49, 2)],
-        ),
+        Check("window_attention_forward", windows, [*[(2, 8, 8, 2, 8)] * 3, (49, 2)]),
         Check("leff_forward", tersor.leff, [(2, 5, 6, 8), (16, 8), (16,), (16, 1, 3, 3), (16,), (8, 16), (8,)]),
         Check("fake_quantize_bounds_forward", quantize, [image]),
         Check("frozen_linear_backward", freeze, [(5, 16), (12, 16)]),
-        Check("nm_sparsify_forward", lambda *tensors: tersor.nm_sparsify(*tensors, 2, 4), [(12, 16), (48, 6)]),
         Check(
-            "binary_conv2d_forward", lambda *tensors: tersor.binary_conv2d(*tensors, padding=1), [image, (16, 8, 3, 3)]
+            "nm_sparsify_forward", lambda weight, scores: tersor.nm_sparsify(weight, scores, 2, 4), [(12, 16), (48, 6)]
+        ),
+        Check(
+            "binary_conv2d_forward",
+            lambda input, weight: tersor.binary_conv2d(input, weight, padding=1),
+            [image, (16, 8, 3, 3)],
         ),
         Check("prune_tokens_forward", prune, [tokens, tokens, (8,), (8,)]),
         *_packed(device),
