@@ -45,8 +45,14 @@ lint: .venv/native
 	ln -sfn $(CURDIR)/pyops/* $(CURDIR)/models $(CURDIR)/triton_kernels build/mypy/tersor/
 	MYPYPATH=build/mypy $(PY) -m mypy -p tersor
 
+# One wheel for every Python and torch that pyproject.toml allows: the operators need neither's headers at run time. The
+# introspection module is in it for the running CPython and those of PYTHONS that are installed with headers.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 wheel: .venv/native
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/wheel  # where files that are gone from the sources would still lie
+	TERSOR_PYTHONS="$(PYTHONS)" $(PY) -m pip wheel -v --no-build-isolation --no-deps -w build/wheel . 2>&1 | grep "tersor: "
+	$(PY) -m wheel tags --remove --python-tag py3 --abi-tag none build/wheel/*.whl
+	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl
 
 clean:
 	rm -rf build dist *.egg-info docs/api pyops/*.so pyops/_build.json

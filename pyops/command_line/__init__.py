@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import tersor
-from tersor.command_line import backends, bench, compress, infer, recipe, report
+from tersor.command_line import backends, bench, compress, infer, recipe, report, selftest
 from tersor.command_line.shared import CommandError, Parser
 from tersor.compress import ArtefactError
 
@@ -21,6 +21,7 @@ DESCRIPTION = """Efficient vision models: what runs here, what it gains, and fro
     tersor recipe > recipe.toml
     tersor compress --model resnet20 --data photographs --recipe recipe.toml --output small
     tersor infer small/model.safetensors one.png two.png
+    tersor selftest
 """
 
 
@@ -29,7 +30,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="tersor", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"tersor {tersor.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (backends, bench, compress, infer, recipe, report):
+    for module in (backends, bench, compress, infer, recipe, report, selftest):
         module.add(commands)
     return parser
 

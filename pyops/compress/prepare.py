@@ -61,10 +61,6 @@ class Compression(nn.Module):
         self.converted, self.folded = True, folded
         del self.step
 
-    def forward(self, input: Any) -> Any:
-        """The input itself: a ``torch.nn.Sequential`` runs all that is in it."""
-        return input
-
     def extra_repr(self) -> str:
         state = "converted" if self.converted else f"step {self.done} of {self.steps}"
         return f"{len(self.applied)} layers, {state}"
