@@ -85,8 +85,8 @@ def run(options: argparse.Namespace) -> int:
 def _cases(options: argparse.Namespace) -> list[Case]:
     if not options.model:
         return options.layers or [_case(text) for text in TYPICAL]
-    _, model = networks.build(options.model, options.option)
-    size, channels = options.size or networks.natural_size(model), networks.input_channels(model)
+    source, model = networks.build(options.model, options.option)
+    size, channels = options.size or networks.natural_size(model, source.options), networks.input_channels(model)
     networks.check_model(model, channels, size)
     cases = model_cases(model, torch.zeros(1, channels, size, size))
     if not cases:

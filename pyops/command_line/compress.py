@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     recipe, listing = read_recipe(options.recipe), images.list_images(options.data)
     torch.manual_seed(options.seed)
     source, model = networks.build(options.model, options.option, len(listing.classes))
-    task = _read(console, options, listing, model)
+    task = _read(console, options, listing, source, model)
     head = networks.load_weights(model, options.checkpoint) if options.checkpoint else []
     configs = {phase: _config(phase, options, source, recipe, listing, task) for phase in ("dense", "compressed")}
     if not options.resume:
@@ -130,12 +130,12 @@ def _check_recipe(model: nn.Module, recipe: Recipe) -> None:
         raise CommandError(f"the recipe does not suit the model: {error}") from None
 
 
-def _read(console: Any, options: argparse.Namespace, listing: Any, model: nn.Module) -> Any:
+def _read(console: Any, options: argparse.Namespace, listing: Any, source: ModelSource, model: nn.Module) -> Any:
     """Says what the data are, reads them, and checks that the model takes them."""
     from tersor.command_line.images import GREY, IMAGENET, ImageSet, Reading
     from tersor.command_line.training import Task
 
-    channels, size = networks.input_channels(model), options.size or networks.natural_size(model)
+    channels, size = networks.input_channels(model), options.size or networks.natural_size(model, source.options)
     mean, std = GREY if channels == 1 else IMAGENET
     reading = Reading(size, channels, tuple(options.mean or mean), tuple(options.std or std))
     networks.check_model(model, channels, size, len(listing.classes))

@@ -81,16 +81,14 @@ def input_channels(model: nn.Module) -> int:
     return 3 if first is None else first.in_channels
 
 
-def natural_size(model: Any) -> int:
-    """Pixels of a side that the model says it takes, or SIZE."""
+def natural_size(model: Any, options: Mapping[str, Any]) -> int:
+    """Pixels of a side that the model takes by its options or says it takes; else SIZE."""
     described = getattr(model, "default_cfg", None)  # timm's
-    if isinstance(described, Mapping) and "input_size" in described:
-        return int(described["input_size"][-1])
+    sizes = [options.get("image_size"), options.get("img_size")]
+    sizes += [described["input_size"][-1] if isinstance(described, Mapping) and "input_size" in described else None]
     for holder in (model, getattr(model, "config", None)):  # torchvision's and transformers' vision transformers
-        size = getattr(holder, "image_size", None)
-        if isinstance(size, int):
-            return size
-    return SIZE
+        sizes.append(getattr(holder, "image_size", None))
+    return next((size for size in sizes if isinstance(size, int)), SIZE)
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def print_table(console: Any, title: str, rows: Sequence[Sequence[str]], caption
 
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
     for number, name in enumerate(rows[0]):
-        table.add_column(Text(name), justify="right" if name and number >= left else "left")
+        table.add_column(Text(name), justify="right" if name and number >= left else "left", overflow="fold")
     for row in rows[1:]:
         table.add_row(*map(Text, row))
     if caption:

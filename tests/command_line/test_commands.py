@@ -218,11 +218,12 @@ def test_medians_are_of_one_call() -> None:
 def test_what_models_say_of_themselves() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3))
     assert networks.input_channels(model) == 1
-    assert networks.natural_size(model) == networks.SIZE
+    assert networks.natural_size(model, {}) == networks.SIZE
     model.image_size = 64  # type: ignore[assignment]
-    assert networks.natural_size(model) == 64
+    assert networks.natural_size(model, {}) == 64
     model.default_cfg = {"input_size": (3, 96, 96)}  # type: ignore[assignment]
-    assert networks.natural_size(model) == 96
+    assert networks.natural_size(model, {}) == 96
+    assert networks.natural_size(model, {"img_size": 32}) == 32
     assert networks.model_option("a=[1, 2]") == ("a", [1, 2])
     assert networks.model_option("a=x=y") == ("a", "x=y")
 
