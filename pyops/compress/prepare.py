@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -264,9 +267,21 @@ def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, 
         names = next((names for kind, names in known.items() if isinstance(module, kind)), ())
         if _is_swin(module) and id(module) not in replaced:
             names = ("qkv", "proj")
-        for child in (*names, *getattr(module, "weights_read_directly", ())):
+        written = () if id(module) in replaced else _read_in_source(type(module))
+        found = [name for name in written if isinstance(getattr(module, name, None), (nn.Conv2d, nn.Linear))]
+        for child in (*names, *found, *getattr(module, "weights_read_directly", ())):
             reason = f"{type(module).__name__} computes with its weight directly"
             yield from ((id(each), reason) for each in module.get_submodule(child).modules())
+
+
+@functools.cache
+def _read_in_source(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Children of which the forward pass, as it is written, takes the weight, other than for its dtype and the like."""
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return ()
+    return tuple(dict.fromkeys(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b)", source)))
 
 
 def _check_found(
@@ -409,6 +424,7 @@ def step(model: nn.Module) -> None:
     """Moves every schedule of a prepared model on; once after each step of the optimiser.
 
     Scores are removed, weights freeze, and binary layers' functions come nearer to a sign, each as the transforms say.
+    Steps that the optimiser has moved below zero are made positive, and bounds that it has moved across swapped.
     Further calls than ``steps`` of :func:`prepare_` change only what training itself changed. In distributed training
     every process calls it; it comes to the same state everywhere, since the weights are the same. Of a model that
     ``fully_shard`` cut, it puts together the weights that freeze, one layer's after the other's.
@@ -420,6 +436,9 @@ def step(model: nn.Module) -> None:
     reshard_(model)
     compression.done += 1
     compression.step.fill_(compression.done)
+    for module in model.modules():
+        if isinstance(module, (FreezingWeight, InputBounds, LsqWeight)):
+            module.keep_valid_()
     _set_progress(model, compression)
     for module in model.modules():
         if isinstance(module, CompressedLayer) and isinstance(module.quantize_weight, FreezingWeight):

@@ -17,6 +17,8 @@ from tersor.quantization.fake_quantize_lsq import fake_quantize_lsq, quant_range
 from tersor.quantization.percentile_bounds import percentile_bounds
 from tersor.quantization.weight_fake_quantize import weight_fake_quantize
 
+LEAST_STEP = torch.finfo(torch.float32).tiny ** 0.5  # so that a channel of zeros has a positive one
+
 
 class InputBounds(nn.Module):
     """Rounds an input to ``2**bits`` levels between two learned bounds, see :func:`tersor.fake_quantize_bounds`.
@@ -70,6 +72,11 @@ class InputBounds(nn.Module):
         assign_(self.upper, bounds[1:])
         self.calibrated.fill_(True)
 
+    @torch.no_grad()
+    def keep_valid_(self) -> None:
+        """Swaps bounds that training has moved across each other."""
+        _order_(self.lower, self.upper)
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
 
@@ -94,8 +101,13 @@ class LsqWeight(nn.Module):
     def initialize_(self, weight: Tensor) -> None:
         weight = whole(weight).to(self.scale.dtype)
         mean = weight.abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-        least = torch.finfo(torch.float32).tiny ** 0.5  # a channel of zeros keeps a positive step
-        assign_(self.scale, (2 * mean / quant_range(self.bits, True)[1] ** 0.5).clamp(min=least))
+        assign_(self.scale, 2 * mean / quant_range(self.bits, True)[1] ** 0.5)
+        self.keep_valid_()
+
+    @torch.no_grad()
+    def keep_valid_(self) -> None:
+        """Makes steps positive that training has moved below zero, which a large learning rate does."""
+        self.scale.abs_().clamp_(min=LEAST_STEP)
 
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quantize_lsq(weight, self.scale, self.bits, signed=True)
@@ -144,6 +156,11 @@ class FreezingWeight(LtsWeight):
         assign_(self.upper, upper)
         self.initialized.fill_(True)
 
+    @torch.no_grad()
+    def keep_valid_(self) -> None:
+        """As of :class:`InputBounds`."""
+        _order_(self.lower, self.upper)
+
     @property
     def half_range(self) -> Tensor:
         return (self.upper - self.lower) / 2
@@ -164,6 +181,13 @@ class FreezingWeight(LtsWeight):
         if self.schedule is not None:
             weight, lower, upper = (whole(tensor.detach()) for tensor in (weight, self.lower, self.upper))
             lts_quantize(weight, self.state, lower, upper, self.bits, self.schedule)
+
+
+def _order_(lower: Tensor, upper: Tensor) -> None:
+    """The lesser first; without waiting for a device."""
+    least = torch.minimum(lower, upper)
+    upper.copy_(torch.maximum(lower, upper))
+    lower.copy_(least)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -275,7 +275,8 @@ def test_a_layer_that_does_not_run_is_told() -> None:
             self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.c(F.linear(self.a(x), self.b.weight, self.b.bias))
+            read = self.b
+            return self.c(F.linear(self.a(x), read.weight, read.bias))
 
     model = compress.prepare_(Reads(), QUANTIZE)
     with pytest.raises(ValueError, match="every compressed layer must run in the forward pass, but b did not"):
@@ -457,3 +458,42 @@ def test_a_step_moves_the_schedules_in_either_mode(is_training: bool) -> None:
         compress.step(model)
     assert model.layers[0].conv1.quantize_weight.counters[0] == 3  # the first step is number 0
     assert compress.report(model).total.frozen > 0.5
+
+
+def test_what_training_has_moved_too_far_is_made_valid() -> None:
+    model: Any = prepared(TinyResNet, COMPOSITIONS["lsq"], 4)
+    layer = model.layers[0].conv1
+    with torch.no_grad():
+        layer.quantize_weight.scale[2:4] = torch.tensor([-0.5, 0.0]).view(2, 1, 1, 1)
+        layer.quantize_input.lower.fill_(2.0)
+        layer.quantize_input.upper.fill_(-1.0)
+    compress.step(model)
+    assert layer.quantize_weight.scale[2] == 0.5
+    assert layer.quantize_weight.scale[3] > 0
+    assert (layer.quantize_input.lower.item(), layer.quantize_input.upper.item()) == (-1, 2)
+    model(batch()[0])
+    model = prepared(TinyResNet, COMPOSITIONS["lts"], 4)
+    with torch.no_grad():
+        model.layers[0].conv1.quantize_weight.lower.fill_(9.0)
+    compress.step(model)
+    assert model.layers[0].conv1.quantize_weight.upper == 9
+    model(batch()[0])
+
+
+class ReadsByHand(nn.Module):
+    """Like BEiT's attention in timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.other, self.proj = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.qkv.weight, self.qkv.bias).to(self.other.weight.dtype)
+        return self.proj(self.other(x))
+
+
+def test_weights_that_a_forward_pass_reads_are_found_in_its_source() -> None:
+    model = compress.prepare_(ReadsByHand(), Recipe(QUANTIZE, skip_first=False, skip_last=False))
+    assert skipped(model) == {"qkv": "ReadsByHand computes with its weight directly"}
+    assert changed(model) == {"other", "proj"}
+    compress.calibrate_(model, torch.randn(2, 4))

@@ -110,13 +110,14 @@ def test_to_a_file_and_back(name: str, options: dict[str, Any], size: int, least
         compress.save(model, tmp_path / "model", source, {"size": size})
         loaded = compress.load(tmp_path / "model")
         assert torch.equal(run(loaded, images), output)
-    assert (tmp_path / "model").stat().st_size < 1.1 * compress.report(model).total.bytes + 2**20
+    stored = sum(value.nbytes for value in model.state_dict().values())
+    assert stored < (tmp_path / "model").stat().st_size < stored + 2**18
     norms = [each for each, module in model.named_modules() if type(module) is nn.BatchNorm2d]
     assert len(norms) == (1 if name.startswith("transformers:ResNet") and norms else 0)
 
 
 def test_torchvisions_multihead_attention_is_left_alone() -> None:
-    _, model = build("torchvision:vit_b_16", {"image_size": 32, "num_layers": 1} if False else {"image_size": 32})
+    _, model = build("torchvision:vit_b_16", {"image_size": 32})
     compress.prepare_(model, FakeQuantize(4))
     skipped: Any = model.compression.skipped  # type: ignore[union-attr]
     projections = [name for name in skipped if name.endswith("self_attention.out_proj")]
