@@ -11,6 +11,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/native
 	$(PY) -m tersor.models.train_digits --output demo
+	$(PY) -m tersor.models.write_photographs demo/photographs
+	$(PY) -m tersor compress --model resnet20 --option in_chans=1 --data demo/photographs --size 24 \
+	    --recipe docs/recipe.toml --epochs 8 --output demo/small
+	$(PY) -m tersor infer demo/small/model.safetensors --top 2 \
+	    demo/photographs/test/brick/0000.png demo/photographs/test/coins/0000.png demo/photographs/test/moon/0000.png
 
 # Two workers of two threads each on two cores: waiting threads sleep, since spinning takes half of the time.
 test: export OMP_WAIT_POLICY := PASSIVE
@@ -40,8 +45,14 @@ lint: .venv/native
 	ln -sfn $(CURDIR)/pyops/* $(CURDIR)/models $(CURDIR)/triton_kernels build/mypy/tersor/
 	MYPYPATH=build/mypy $(PY) -m mypy -p tersor
 
+# One wheel for every Python and torch that pyproject.toml allows: the operators need neither's headers at run time. The
+# introspection module is in it for the running CPython and those of PYTHONS that are installed with headers.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 wheel: .venv/native
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/wheel  # where files that are gone from the sources would still lie
+	TERSOR_PYTHONS="$(PYTHONS)" $(PY) -m pip wheel -v --no-build-isolation --no-deps -w build/wheel . 2>&1 | grep "tersor: "
+	$(PY) -m wheel tags --remove --python-tag py3 --abi-tag none build/wheel/*.whl
+	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl
 
 clean:
 	rm -rf build dist *.egg-info docs/api pyops/*.so pyops/_build.json

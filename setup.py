@@ -48,7 +48,16 @@ def torch_flags(torch):
         raise SkippedError(f"torch {version} is older than {'.'.join(map(str, TORCH_MINIMUM))}")
     include = folder / "include"
     target = f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000ULL"
-    return [f"-I{CSRC}", "-isystem", str(include), f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
+    return [f"-I{CSRC.name}", "-isystem", str(include), f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
+
+
+def nameless(package):
+    """A flag: the compiled code names the package's headers, but not the folder of this machine that they lie in."""
+    return f"-fmacro-prefix-map={package.parent}/="
+
+
+def from_environment(name):
+    return shlex.split(os.environ.get(name, ""))
 
 
 def find_nvcc():
@@ -72,20 +81,42 @@ def cuda_architectures():
     return flags
 
 
+def find_pythons():
+    """``(version, folder of Python.h, suffix of extension modules)`` of this CPython and of those that TERSOR_PYTHONS
+    names and that have headers: a wheel for several gets a module for each."""
+    asked = "from sysconfig import *; print(get_python_version(), get_path('include'), get_config_var('EXT_SUFFIX'))"
+    found = {}
+    for python in [sys.executable, *from_environment("TERSOR_PYTHONS")]:
+        try:
+            done = subprocess.run([python, "-c", asked], capture_output=True, text=True)
+        except OSError:
+            continue
+        if done.returncode == 0 and (Path(done.stdout.split()[1]) / "Python.h").is_file():
+            version, headers, suffix = done.stdout.split()
+            found[suffix] = version, headers, suffix
+    return sorted(found.values(), key=lambda python: [int(n) for n in python[0].split(".")])
+
+
+def from_root(path):
+    """Where compilers run, so that neither their commands nor what they make depend on where the sources lie."""
+    return os.path.relpath(path, ROOT)
+
+
 def is_newer(target, includes):
     """Whether a compiled file is newer than all that it was made of, which the compiler listed as a make rule."""
     if not target.is_file() or not includes.is_file():
         return False
     sources = map(Path, includes.read_text().replace("\\\n", " ").partition(":")[2].split())
     made = target.stat().st_mtime
-    return all(path.is_file() and path.stat().st_mtime < made for path in sources)
+    return all((ROOT / path).is_file() and (ROOT / path).stat().st_mtime < made for path in sources)
 
 
 class BuildNative(build_ext):
     """Compiles csrc/ into two operator libraries and one pybind11 module; each part may be skipped, none may fail."""
 
     def run(self):
-        self.package = ROOT / "pyops" if self.editable_mode or self.inplace else Path(self.build_lib) / "tersor"
+        in_place = self.editable_mode or self.inplace
+        self.package = ROOT / "pyops" if in_place else Path(self.build_lib).resolve() / "tersor"
         self.package.mkdir(parents=True, exist_ok=True)
         self.objects = Path(self.build_temp).resolve()
         self.report = {}
@@ -112,14 +143,12 @@ class BuildNative(build_ext):
 
     def build_cpu(self):
         compiler, torch = self.need_compiler(), self.need_torch()
-        flags = [*CXX_FLAGS, *torch_flags(torch), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        flags = [*CXX_FLAGS, *torch_flags(torch), nameless(torch[0]), *from_environment("CXXFLAGS")]
         sources = [*sorted(CSRC.glob("*/*.cpp")), CSRC / "isa.cpp"]
         objects = self.compile_all([*compiler, *flags], sources)
         library = self.package / "libtersor_cpu.so"
-        link = [*compiler, "-shared", *map(str, objects), "-o", str(library), f"-Wl,-soname,{library.name}"]
-        self.execute_link(
-            library, [*link, *shlex.split(os.environ.get("LDFLAGS", "")), f"-L{torch[0] / 'lib'}", "-ltorch_cpu"]
-        )
+        link = [*compiler, "-shared", *objects, "-o", str(library), f"-Wl,-soname,{library.name}"]
+        self.execute_link(library, [*link, *from_environment("LDFLAGS"), f"-L{torch[0] / 'lib'}", "-ltorch_cpu"])
         return f"built with {Path(compiler[0]).name} against torch {torch[1]}"
 
     def build_introspection(self):
@@ -131,15 +160,25 @@ class BuildNative(build_ext):
             import pybind11
         except ImportError:
             raise SkippedError("pybind11 is not installed") from None
-        headers = sysconfig.get_path("include")
-        if not (Path(headers) / "Python.h").is_file():
+        pythons = find_pythons()
+        if not pythons:
             raise SkippedError("Python.h is not installed")
-        flags = [*CXX_FLAGS, f"-I{CSRC}", "-isystem", pybind11.get_include(), "-isystem", headers]
-        objects = self.compile_all([*compiler, *flags], [CSRC / "native.cpp"])
-        module = self.package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-        link = [*compiler, "-shared", *map(str, objects), "-o", str(module), f"-L{self.package}", f"-l:{library.name}"]
-        self.execute_link(module, [*link, *shlex.split(os.environ.get("LDFLAGS", "")), "-Wl,-rpath,$ORIGIN"])
-        return "built with pybind11 " + pybind11.__version__
+        flags = [
+            *CXX_FLAGS,
+            f"-I{CSRC.name}",
+            "-isystem",
+            pybind11.get_include(),
+            nameless(Path(pybind11.__file__).parent),
+        ]
+        for version, headers, suffix in pythons:
+            command = [*compiler, *flags, "-isystem", headers]
+            objects = self.compile_all(command, [CSRC / "native.cpp"], f"python{version}")
+            module = self.package / f"_native{suffix}"
+            link = [*compiler, "-shared", *objects, "-o", str(module), f"-L{self.package}", f"-l:{library.name}"]
+            link += [*from_environment("LDFLAGS"), "-Wl,-rpath,$ORIGIN"]
+            self.execute_link(module, link)
+        versions = ", ".join(version for version, _, _ in pythons)
+        return f"built with pybind11 {pybind11.__version__} for CPython {versions}"
 
     def build_cuda(self):
         wanted = os.environ.get("TERSOR_CUDA", "auto")
@@ -155,7 +194,7 @@ class BuildNative(build_ext):
         flags = [*NVCC_FLAGS, *cuda_architectures(), *torch_flags(torch), "-DUSE_CUDA", "-ccbin", compiler[0]]
         objects = self.compile_all([nvcc, *flags], sources)
         library = self.package / "libtersor_cuda.so"
-        link = [nvcc, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]
+        link = [nvcc, "-shared", "-cudart=static", *objects, "-o", str(library)]
         libraries = ["-ltorch_cpu", *(["-ltorch_cuda"] if torch_has_cuda else [])]
         self.execute_link(library, [*link, f"-L{torch[0] / 'lib'}", *libraries])
         self.report["CUDA C++ kernels"] = " ".join(str(s.relative_to(CSRC).with_suffix("")) for s in sources)
@@ -171,30 +210,31 @@ class BuildNative(build_ext):
     def need_compiler(self):
         if sys.platform != "linux":
             raise SkippedError(f"the native kernels are built on Linux only, this is {sys.platform}")
-        named = shlex.split(os.environ.get("CXX", ""))
+        named = from_environment("CXX")
         found = [named] if named else [[name] for name in ("g++", "c++", "clang++")]
         compiler = next((c for c in found if shutil.which(c[0])), None)
         if compiler is None:
             raise SkippedError(f"no C++ compiler ({', '.join(c[0] for c in found)}) was found")
         return compiler
 
-    def compile_all(self, command, sources):
+    def compile_all(self, command, sources, folder=""):
         """Compiles what is older than a file it includes or the command; two at a time on two cores."""
-        jobs = []
+        jobs, objects = [], []
         for source in sources:
-            target = self.objects / source.relative_to(CSRC).with_suffix(source.suffix + ".o")
+            target = self.objects / folder / source.relative_to(CSRC).with_suffix(source.suffix + ".o")
             target.parent.mkdir(parents=True, exist_ok=True)
             stamp, includes = target.with_suffix(".command"), target.with_suffix(".d")
-            line = shlex.join([*command, "-MMD", "-MF", str(includes), "-c", str(source), "-o", str(target)])
-            fresh = stamp.is_file() and stamp.read_text() == line and is_newer(target, includes)
-            if not fresh:
-                jobs.append((line, target, stamp))
+            files = ["-MF", from_root(includes), "-c", from_root(source), "-o", from_root(target)]
+            line = shlex.join([*command, "-MMD", *files])
+            objects.append(from_root(target))
+            if not (stamp.is_file() and stamp.read_text() == line and is_newer(target, includes)):
+                jobs.append((line, source, stamp))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for job, error in zip(jobs, pool.map(lambda job: self.execute(job[0]), jobs), strict=True):
                 if error:
                     raise SkippedError(f"compiling {job[1].stem} failed: {error}")
                 job[2].write_text(job[0])
-        return [self.objects / s.relative_to(CSRC).with_suffix(s.suffix + ".o") for s in sources]
+        return objects
 
     def execute_link(self, target, command):
         if error := self.execute(shlex.join(command)):
@@ -205,7 +245,7 @@ class BuildNative(build_ext):
     def execute(line):
         """Runs a command; the empty string, or its first error line. The whole output goes to stderr."""
         try:
-            done = subprocess.run(shlex.split(line), capture_output=True, text=True)
+            done = subprocess.run(shlex.split(line), capture_output=True, text=True, cwd=ROOT)
         except OSError as error:
             return str(error)
         if done.stderr:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor import compress
+from tersor.command_line.timing import model_medians
 from tersor.models import _patches
-from tersor.models._command import median_milliseconds
 from tersor.models._digits import write_safetensors
 from tersor.models._textures import FOLD
 from tersor.models._training_state import load_state, save_state
@@ -215,9 +214,6 @@ def measure(config: Config, output: Path, rounds: int, threads: int) -> dict[str
     images, _ = fixed_set("test", 64)
     found: dict[str, dict[str, float]] = {phase: {} for phase in phases}
     for size in (1, 64):
-        batch = images[:size].contiguous()
-        calls = {phase: functools.partial(models[phase], batch) for phase in phases}
-        with torch.no_grad():
-            for phase, value in median_milliseconds(calls, rounds).items():
-                found[phase][str(size)] = value
+        for phase, seconds in model_medians(models, images[:size].contiguous(), rounds).items():
+            found[phase][str(size)] = 1e3 * seconds
     return found

@@ -8,15 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -24,6 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from tersor import DilatedAttention
+from tersor.command_line.state import read_safetensors, write_safetensors
 from tersor.models._command import StateError
 from tersor.models.dilateformer import VARIANTS, DilateFormer
 from tersor.models.eager import EagerDilatedAttention
@@ -224,25 +222,6 @@ def _load_state(path: Path, config: Config, model: nn.Module, optimizer: torch.o
 
 def _differences(config: Config, theirs: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in dataclasses.asdict(config).items() if theirs.get(name) != value]
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Replaces the file in one step: whoever is interrupted leaves the old one whole."""
-    content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, metadata)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise StateError(f"{path} cannot be read ({error}): remove it, or start without --resume") from None
 
 
 def save_model(path: Path, model: nn.Module, accuracy: float) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tersor.models import cf_vit, dilateformer, pslt, super_vit, uformer
 
-__all__: list[str] = []  # timm's register_model appends to it
+__all__: list[str] = []  # timm's register_model appends to it: what is registered
 
 
 def register_timm() -> list[str]:
@@ -26,9 +26,9 @@ def register_timm() -> list[str]:
         from timm.models import register_model
     except ImportError as error:
         raise ImportError(f'register_timm needs timm ({error}): pip install "tersor[timm]"') from error
-    __all__.clear()
-    for entry in _ENTRIES.values():
-        register_model(entry)
+    for name, entry in _ENTRIES.items():
+        if name not in __all__:  # timm warns of a second registration
+            register_model(entry)
     return list(_ENTRIES)
 
 
@@ -39,6 +39,7 @@ def _entry(module: ModuleType, variant: str) -> Callable[..., nn.Module]:
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Any = None,
+        cache_dir: Any = None,
         drop_path_rate: float | None = None,
         **options: Any,
     ) -> nn.Module:

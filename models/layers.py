@@ -221,6 +221,11 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
         ValueError: no state dict is found in ``source``.
         RuntimeError: keys or shapes do not match the model's.
     """
+    model.load_state_dict(read_state_dict(source, ema), strict=True)
+
+
+def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any], ema: bool = False) -> Mapping[str, Tensor]:
+    """What :func:`load_checkpoint` loads, which see."""
     if isinstance(source, (str, os.PathLike)):
         source = _read(os.fspath(source))
     if not isinstance(source, Mapping):
@@ -237,7 +242,7 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
         )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    model.load_state_dict(state, strict=True)
+    return state
 
 
 def _read(path: str) -> Any:

@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ BACKENDS = ("native", "triton", "reference")
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # the dispatcher's names
 DEVICES = tuple(_KEYS)
 _HERE = Path(__file__).parent
+_PYTHON = ".".join(map(str, sys.version_info[:2]))
 _FORCE = "TERSOR_BACKEND"
 _ISA = "TERSOR_CPU_ISA"
 _ISA_LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
@@ -113,6 +115,8 @@ def facts() -> list[str]:
     if module is not None:
         levels = ", ".join(module.cpu_isa_supported())
         lines.append(f"instruction set: {module.cpu_isa()} (this processor runs {levels}); {module.compiler()}")
+    elif not isinstance(_cpu_library(), str):
+        lines.append(f"instruction set: unknown, as no introspection module is built for Python {_PYTHON}")
     if _forced:
         lines.append(f"forced: {_forced}")
     return lines

@@ -127,6 +127,13 @@ assert q.grad.isfinite().all()
     assert "could not be loaded" in done.stdout, done.stderr
 
 
+def test_facts_without_the_introspection_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Python that a wheel has no module for: operators run, and what cannot be told is said."""
+    monkeypatch.setattr(_backends, "_introspection", lambda: None)
+    if not isinstance(_backends._cpu_library(), str):
+        assert "no introspection module is built for Python" in str(tersor.backends())
+
+
 def test_everything_works_without_triton() -> None:
     code = """
 import sys, importlib.util

@@ -193,12 +193,14 @@ def test_plots_are_drawn(red_run):
         assert len(content) > 10_000
 
 
-def test_a_run_without_wrong_results_is_green(tiny):
-    done = run(tiny, "--output", str(tiny / "green"), "-k", "float32 and (tersor or eager)")
+def test_a_run_without_wrong_results_is_green_and_times_no_backend_whose_checks_are_red(tiny):
+    arguments = ["-k", "float32 and (tersor or eager or forced)"]
+    done = run(tiny, "--output", str(tiny / "green"), *arguments, TERSOR_BENCH_WITHOUT="reference")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tiny / "green" / "results.json").read_text())
-    assert len(results["measurements"]) == 4
-    assert not results["not_timed"]
+    assert sorted(m["impl"] for m in results["measurements"]) == ["eager", "eager", "tersor", "tersor"]
+    assert {row["impl"] for row in results["not_timed"]} == {"forced"}
+    assert {row["reason"] for row in results["not_timed"]} == {"the checks of the reference backend are red"}
 
 
 def test_a_run_of_nothing_but_wrong_results_has_a_report(tiny):
@@ -207,15 +209,6 @@ def test_a_run_of_nothing_but_wrong_results_has_a_report(tiny):
     text = (tiny / "wrong" / "table.md").read_text()
     assert "## Wrong results" in text
     assert "`square/n4096/float32/forward_backward` **wrong_gradient**" in text
-
-
-def test_a_backend_whose_checks_are_red_is_not_timed(tiny):
-    arguments = ["-k", "float32 and forward_backward and (tersor or forced)"]
-    done = run(tiny, "--output", str(tiny / "without"), *arguments, TERSOR_BENCH_WITHOUT="reference")
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tiny / "without" / "results.json").read_text())
-    assert [m["impl"] for m in results["measurements"]] == ["tersor"]
-    assert [row["reason"] for row in results["not_timed"]] == ["the checks of the reference backend are red"]
 
 
 def test_a_group_after_the_time_limit_is_not_timed(tiny):

@@ -15,8 +15,9 @@ from tersor.binary.convert import convert_ as convert_binary_
 from tersor.binary.layers import BinaryLayer
 from tersor.compress.layers import CompressedConv2d, CompressedLayer, CompressedLinear
 from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompressedLinear
-from tersor.compress.prepare import Compression, compression_of
+from tersor.compress.prepare import NAME, Compression, compression_of
 from tersor.compress.report import evaluating
+from tersor.compress.sharded import fully_sharded, is_sharded
 from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear, own_norm_pairs
 
 
@@ -48,7 +49,7 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
     this moves across a threshold of a later layer takes the neighbouring level there.
 
     Args:
-        model: prepared, trained, not wrapped (of a wrapped one, ``model.module``).
+        model: prepared, trained, neither wrapped (of a DistributedDataParallel give ``.module``) nor sharded.
         fold_norms: multiply each ``BatchNorm2d`` into the convolution before it, which need not be compressed. What
             belongs together is known of models and modules of one input that ``torch.fx`` can trace; in what it cannot,
             of neighbours in a ``torch.nn.Sequential`` and of modules with a method ``norm_pairs()`` (see
@@ -62,14 +63,22 @@ def convert_(model: nn.Module, fold_norms: bool = True) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it is not prepared or is converted already, a sparse layer has more than one combination left
+        ValueError: it is wrapped, not prepared or converted already, a sparse layer has more than one combination left
             (:func:`step` was called less than ``steps`` times ``end``), or a layer cannot be packed; the message names
             it, and nothing has been changed.
     """
     compression = compression_of("convert_", model)
-    if getattr(model, "compression", None) is not compression:
+    if model._modules.get(NAME) is not compression:
+        inner = {"DistributedDataParallel": "; give its .module", "OptimizedModule": "; give its ._orig_mod"}
         raise ValueError(
             f"convert_: model must be the one that prepare_ returned, got {type(model).__name__} around it"
+            f"{inner.get(type(model).__name__, '')}"
+        )
+    if fully_sharded(model) or any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "convert_: model must not be sharded, got one that is: gather "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True, cpu_offload=True)), load it into a model prepared in the same way, and convert that"
         )
     if compression.converted:
         raise ValueError("convert_: model must not be converted yet, got one that is")

@@ -98,7 +98,8 @@ class CompressedLayer:
 
 
 def _plan_again(layer: Any, incompatible: Any) -> None:
-    layer.make_plan()
+    if not layer.skippable.is_meta:
+        layer.make_plan()
 
 
 class CompressedConv2d(CompressedLayer, nn.Conv2d):

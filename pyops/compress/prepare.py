@@ -22,6 +22,7 @@ from tersor.compress.attention import SWIN, window_attention_of
 from tersor.compress.layers import CompressedLayer, compressed
 from tersor.compress.quantizers import FreezingWeight, InputBounds, LsqWeight
 from tersor.compress.recipe import Recipe, Rule, as_recipe
+from tersor.compress.sharded import assign_, is_sharded, reshard_, rows_of, whole
 from tersor.compress.transforms import Binarize, FakeQuantize, NMSparse, Transform, WindowAttentionByIndex
 from tersor.quantization.quantized_conv2d import MOST_TERMS
 from tersor.sparsity.nm_remove import nm_remove_
@@ -370,7 +371,7 @@ def calibrate_(model: nn.Module, *batch: Any, **more: Any) -> Any:
     The pass runs layer by layer on what the quantised layers before give, without a gradient, in the mode that the
     model is in: for a trained network call ``model.eval()`` before; a new one has to be in training mode, so that norms
     use the batch's statistics (their running ones move). In distributed training every process calls it, before the
-    model is wrapped, and takes the mean of all processes' bounds.
+    model is wrapped or after, and takes the mean of all processes' bounds.
 
     Args:
         model: prepared.
@@ -383,6 +384,7 @@ def calibrate_(model: nn.Module, *batch: Any, **more: Any) -> Any:
         TypeError, ValueError: the model is not prepared, or a layer's forward pass did not run.
     """
     compression_of("calibrate_", model)
+    reshard_(model)
     called: set[int] = set()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
     hooks = [
@@ -398,19 +400,21 @@ def calibrate_(model: nn.Module, *batch: Any, **more: Any) -> Any:
             each.calibrating = True
         output = model(*batch, **more)
     finally:
+        found = {each: each.found for each in bounds if each.found is not None}
         for each in bounds:
-            each.calibrating = False
+            each.calibrating, each.found = False, None
         for hook in hooks:
             hook.remove()
+        reshard_(model)
     if idle := [name for name, module in layers.items() if id(module) not in called]:
         raise ValueError(
             f"calibrate_: every compressed layer must run in the forward pass, but {', '.join(idle[:5])} did not: the "
             "batch does not reach it, or another module computes with its weight directly; exclude it in the recipe"
         )
-    if bounds and dist.is_available() and dist.is_initialized():
-        stacked = torch.stack([torch.cat([each.lower, each.upper]) for each in bounds])
+    if found and dist.is_available() and dist.is_initialized():
+        stacked = torch.stack(list(found.values()))
         dist.all_reduce(stacked)
-        for each, mean in zip(bounds, stacked / dist.get_world_size(), strict=True):
+        for each, mean in zip(found, stacked / dist.get_world_size(), strict=True):
             each.set_(mean)
     return output
 
@@ -422,12 +426,14 @@ def step(model: nn.Module) -> None:
     Scores are removed, weights freeze, and binary layers' functions come nearer to a sign, each as the transforms say.
     Steps that the optimiser has moved below zero are made positive, and bounds that it has moved across swapped.
     Further calls than ``steps`` of :func:`prepare_` change only what training itself changed. In distributed training
-    every process calls it; it comes to the same state everywhere, since the weights are the same.
+    every process calls it; it comes to the same state everywhere, since the weights are the same. Of a model that
+    ``fully_shard`` cut, it puts together the weights that freeze, one layer's after the other's.
 
     Raises:
         TypeError, ValueError: the model is not prepared.
     """
     compression = compression_of("step", model)
+    reshard_(model)
     compression.done += 1
     compression.step.fill_(compression.done)
     for module in model.modules():
@@ -439,7 +445,7 @@ def step(model: nn.Module) -> None:
             if module.freezing is None:
                 continue
             if compression.done <= compression.steps:
-                module.quantize_weight.move_on(_whole(module.weight))
+                module.quantize_weight.move_on(module.weight)
             if compression.done % module.freezing.every == 0:
                 module.refresh_plan()
 
@@ -466,16 +472,14 @@ def _set_binary_progress(model: nn.Module, compression: Any) -> None:
 
 
 def _remove_(scores: Any, k: int) -> None:
-    alpha = scores.alpha
-    if hasattr(alpha, "to_local"):  # sharded by groups, of which each is one row
-        nm_remove_(alpha.to_local(), k, scores.n, scores.m)
-    else:
+    if not is_sharded(scores.alpha):
         scores.remove_(k)
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A sharded weight put together."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    elif (rows := rows_of(scores.alpha)) is not None:  # each row is one group
+        nm_remove_(rows, k, scores.n, scores.m)
+    else:
+        rows = whole(scores.alpha).contiguous()
+        nm_remove_(rows, k, scores.n, scores.m)
+        assign_(scores.alpha, rows)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -487,6 +491,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
         model: prepared or not; before it is wrapped or after.
         weight_decay: of the first group.
     """
+    reshard_(model)
     free = {
         id(parameter)
         for module in model.modules()

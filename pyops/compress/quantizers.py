@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.compress.sharded import assign_, whole
 from tersor.freezing.layers import LtsWeight
 from tersor.freezing.lts_quantize import lts_quantize
 from tersor.quantization._quantizer import exact_dtype
@@ -39,6 +40,7 @@ class InputBounds(nn.Module):
         self.lower, self.upper = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.calibrating = False
+        self.found: Tensor | None = None  # while calibrating
 
     def forward(self, input: Tensor) -> Tensor:
         if self.calibrating:
@@ -60,13 +62,14 @@ class InputBounds(nn.Module):
             lower, upper = (bound.reshape_as(lower) for bound in input.float().aminmax())
         if not upper > lower:  # a constant input: any interval that holds it and 0
             lower, upper = lower.clamp(max=0), upper.clamp(min=0) + (lower == 0) * 1e-3
-        self.set_(torch.cat([lower.reshape(1), upper.reshape(1)]))
+        self.found = torch.cat([lower.reshape(1), upper.reshape(1)])
+        self.set_(self.found)
 
     @torch.no_grad()
     def set_(self, bounds: Tensor) -> None:
         """Sets lower and upper bound, ``(2,)``."""
-        self.lower.copy_(bounds[:1])
-        self.upper.copy_(bounds[1:])
+        assign_(self.lower, bounds[:1])
+        assign_(self.upper, bounds[1:])
         self.calibrated.fill_(True)
 
     @torch.no_grad()
@@ -96,8 +99,9 @@ class LsqWeight(nn.Module):
 
     @torch.no_grad()
     def initialize_(self, weight: Tensor) -> None:
-        mean = weight.to(self.scale.dtype).abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-        self.scale.copy_(2 * mean / quant_range(self.bits, True)[1] ** 0.5)
+        weight = whole(weight).to(self.scale.dtype)
+        mean = weight.abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
+        assign_(self.scale, 2 * mean / quant_range(self.bits, True)[1] ** 0.5)
         self.keep_valid_()
 
     @torch.no_grad()
@@ -143,8 +147,14 @@ class FreezingWeight(LtsWeight):
 
     @torch.no_grad()
     def initialize_(self, weight: Tensor) -> None:
-        spread = (3 * weight.std(unbiased=False)).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+        spread = (3 * whole(weight).std(unbiased=False)).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
         self._initialize(-spread, spread)
+
+    @torch.no_grad()
+    def _initialize(self, lower: Tensor, upper: Tensor) -> None:
+        assign_(self.lower, lower)
+        assign_(self.upper, upper)
+        self.initialized.fill_(True)
 
     @torch.no_grad()
     def keep_valid_(self) -> None:
@@ -156,18 +166,21 @@ class FreezingWeight(LtsWeight):
         return (self.upper - self.lower) / 2
 
     def forward(self, weight: Tensor) -> Tensor:
-        lower, upper = self.lower, self.upper
+        dtype, exact = weight.dtype, self.distance.dtype  # FSDP2 may give everything in half precision
+        lower, upper = self.lower.to(exact), self.upper.to(exact)
         if self.training:  # like LSQ's step, so that one learning rate serves weights and bounds
             factor = (weight.numel() * (2**self.bits - 1)) ** -0.5
             lower, upper = _ScaledGradient.apply(lower, factor), _ScaledGradient.apply(upper, factor)
-        levels = lts_quantize(weight, self.state, lower, upper, self.bits)
-        return levels * ((upper - lower) / 2).to(levels.dtype)
+        assert self.saved is not None
+        levels = lts_quantize(weight.to(self.saved.dtype), self.state, lower, upper, self.bits).to(dtype)
+        return levels * ((upper - lower) / 2).to(dtype)
 
     @torch.no_grad()
     def move_on(self, weight: Tensor) -> None:
         """A step of the schedule: distances move, and what has settled freezes."""
         if self.schedule is not None:
-            lts_quantize(weight.detach(), self.state, self.lower, self.upper, self.bits, self.schedule)
+            weight, lower, upper = (whole(tensor.detach()) for tensor in (weight, self.lower, self.upper))
+            lts_quantize(weight, self.state, lower, upper, self.bits, self.schedule)
 
 
 def _order_(lower: Tensor, upper: Tensor) -> None:

@@ -15,8 +15,9 @@ from tersor.binary.pack_signs import PackedSigns
 from tersor.binary.packed_layers import PackedBinaryConv2d, PackedBinaryLinear, PackedWeightConv2d
 from tersor.compress.layers import CompressedLayer
 from tersor.compress.packed_layers import PackedCompressedConv2d, PackedCompressedLinear
-from tersor.compress.prepare import Compression, compression_of
+from tersor.compress.prepare import NAME, Compression, compression_of
 from tersor.compress.quantizers import FreezingWeight
+from tersor.compress.sharded import gathered, reshard_
 from tersor.sparsity.nm_pack import index_bits
 from tersor.sparsity.packed_layers import PackedNMConv2d, PackedNMLinear
 
@@ -106,7 +107,7 @@ def report(model: nn.Module, *example: Any, **more: Any) -> Report:
     """The compression of a prepared or converted model, layer by layer.
 
     Args:
-        model: prepared.
+        model: prepared, also in a distributed wrapper or sharded; then every process has to call this.
         *example, **more: an input as the model takes it, to count multiply-adds with; none leaves these out. The model
             runs on it once, in eval mode, without a gradient.
 
@@ -115,9 +116,14 @@ def report(model: nn.Module, *example: Any, **more: Any) -> Report:
     """
     compression = compression_of("report", model)
     macs = _macs(model, *example, **more) if example or more else {}
+    reshard_(model)
+    around = next(name for name, module in model.named_modules() if module is compression).removesuffix(NAME)
     rows = []
     for name, module in model.named_modules():
-        if (found := _row(name or compression.root, module, compression)) is not None:
+        name = name.removeprefix(around)  # of a distributed wrapper
+        with gathered(model, module) if isinstance(module, CompressedLayer) else contextlib.nullcontext():
+            found = _row(name or compression.root, module, compression)
+        if found is not None:
             rows.append(dataclasses.replace(found, macs=macs.get(id(module))) if macs else found)
     return Report(tuple(rows), compression.done, compression.steps)
 

@@ -118,6 +118,9 @@ class Quantizer:
             raise
 
 
+QUANTIZERS: dict[str, Quantizer] = {}
+
+
 def quantizer(module: str, name: str, rule: Rule) -> Quantizer:
     """Registers ``<name>_forward`` and ``<name>_backward`` and builds the differentiable function around them."""
     first, last = len(rule.inputs), len(rule.inputs) + len(rule.parameters)
@@ -195,7 +198,8 @@ def quantizer(module: str, name: str, rule: Rule) -> Quantizer:
         vmap=vmap_backward,
         module=module,
     )
-    return Quantizer(rule, registered["forward"], registered["backward"], Function)
+    QUANTIZERS[name] = Quantizer(rule, registered["forward"], registered["backward"], Function)
+    return QUANTIZERS[name]
 
 
 def _broadcast(parameter: Tensor) -> Tensor:

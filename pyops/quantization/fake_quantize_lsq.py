@@ -41,7 +41,14 @@ def fake_quantize_lsq(
     if bits == 32:
         return input
     quant_min, quant_max = quant_range(bits, signed)
-    return _lsq(input, scale, quant_min, quant_max, None if grad_factor is None else float(grad_factor))
+    return _lsq(input, scale, quant_min, quant_max, given_factor(grad_factor, input, scale, quant_max))
+
+
+def given_factor(grad_factor: float | None, input: Tensor, scale: Tensor, quant_max: int) -> float | None:
+    """What the kernel is given: None lets it count the elements, of which it sees but a piece of a DTensor."""
+    if grad_factor is None and type(input) is not Tensor and hasattr(input, "full_tensor"):
+        return factor_or_paper(None, input, scale, quant_max)
+    return None if grad_factor is None else float(grad_factor)
 
 
 def lsq_scale(input: Tensor, bits: int, signed: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tersor.quantization._quantizer import Rule, check_bits, check_parameters, quantizer
-from tersor.quantization.fake_quantize_lsq import factor_or_paper
+from tersor.quantization.fake_quantize_lsq import factor_or_paper, given_factor
 from tersor.quantization.fake_quantize_pact import check_positive
 
 
@@ -43,7 +43,7 @@ def fake_quantize_lsq_plus(
     if bits == 32:
         return input
     levels = 2**bits - 1
-    return _lsq_plus(input, scale, offset, levels, None if grad_factor is None else float(grad_factor))
+    return _lsq_plus(input, scale, offset, levels, given_factor(grad_factor, input, scale, levels))
 
 
 def lsq_plus_parameters(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -242,7 +242,8 @@ class _Constants:
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if node.op != "call_function" or random:
                 raise _DependsOnInput
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.of)
+            given: Any = torch.fx.node.map_arg((node.args, node.kwargs), self.of)
+            args, kwargs = given
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                 args = [each.clone() if isinstance(each, Tensor) else each for each in args]
             self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -263,7 +264,8 @@ def _replace_quantizers(
     writer: _Writer,
 ) -> list[Callable[[Any], Any]]:
     """Puts a mark in the place of every quantiser and sparse weight; returns what writes each one's nodes."""
-    constants, emitters = _Constants(program), []
+    constants = _Constants(program)
+    emitters: list[Callable[[Any], Any]] = []
     graph = program.graph
     graph.eliminate_dead_code()
     found = [node for node in graph.nodes if _operator_name(node) in {*LEVELS, *SPARSIFIERS}]

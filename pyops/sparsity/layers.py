@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor.quantization._quantizer import exact_dtype
 from tersor.sparsity.nm_pattern import check_groups, check_pattern, nm_combinations
 from tersor.sparsity.nm_remove import nm_remove_
 from tersor.sparsity.nm_schedule import nm_schedule
@@ -28,12 +29,12 @@ class _Scores:
         start = 1 / math.comb(self.m - 1, self.n - 1)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.alpha = nn.Parameter(torch.full((groups, combinations), start, dtype=dtype, device=weight.device))
-        self._mask: tuple[Tensor, tuple[int, int]] | None = None  # and of which state of the scores it is
+        self._mask: tuple[Tensor, Tensor, tuple[int, int]] | None = None  # of which scores it is, in which state
 
     def remove_(self, k: int) -> None:
         """Removes the k lowest scores of each group, see :func:`nm_remove_`; the next forward pass uses its mask."""
         mask = nm_remove_(self.alpha, k, self.n, self.m)
-        self._mask = mask, self._state()
+        self._mask = mask, self.alpha, self._state()
 
     def _state(self) -> tuple[int, int]:
         """Differs after a change, and for a copy, which counts its changes from 0 again."""
@@ -42,11 +43,11 @@ class _Scores:
     def _sparsify(self, weight: Tensor) -> Tensor:
         mask = None
         if not torch.compiler.is_compiling() and self._mask is not None:
-            if self._mask[1] == self._state() and self._mask[0].device == self.alpha.device:
-                mask = self._mask[0]
-            else:
-                self._mask = None  # the scores have changed since
-        return nm_sparsify(weight, self.alpha, self.n, self.m, mask)
+            mask, scores, state = self._mask
+            if scores is not self.alpha or state != self._state() or mask.device != scores.device:
+                mask = self._mask = None  # the scores have changed since, or been replaced as by FSDP2
+        scores = self.alpha.to(exact_dtype(weight.dtype))  # FSDP2 may give them in half precision
+        return nm_sparsify(weight, scores, self.n, self.m, mask)
 
 
 class NMScores(_Scores, nn.Module):

@@ -38,7 +38,9 @@ def exact(weight: Tensor, tau: float = TAU) -> Tensor:
     centred = flat - flat.mean(1, keepdim=True)
     standard = centred / ((centred.var(1, keepdim=True) + 1e-5).sqrt() / 2 / math.sqrt(2))
     bound = standard.detach().abs().mean() * -math.log(2 - 2 * tau) if tau < 1 else torch.inf
-    return _Through.apply(standard.clamp(-bound, bound)).view(weight.shape)
+    inside = standard.abs() <= bound  # clamp's gradient changed in torch 2.14, at a bound and for NaN
+    clipped = torch.where(inside, standard, standard.detach().clamp(-bound, bound))
+    return _Through.apply(clipped).view(weight.shape)
 
 
 def _raw(name: str, size: Any, dtype: torch.dtype, device: str) -> tuple[Any, ...]:

@@ -12,11 +12,13 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from compressed_models import STEPS, images, prepared, trained
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tersor import compress
 from tersor.compress.layers import CompressedLayer
 
-# Each transform once, on one model or the other; with levels of "lts" below. The ViT has no convolutions between its ends, which ReCU is for.
+# Each transform once, on one model or the other, with the levels of "lts" further down. The ViT has no convolutions
+# between its ends, which ReCU is for.
 CASES = [("vit", "lsq-srste"), ("resnet", "ddtb-lbc"), ("resnet", "recu"), ("vit", "reste")]
 
 
@@ -64,7 +66,7 @@ def train_both(model: nn.Module, compiled: Any, seeds: range) -> list[float]:
 @pytest.mark.parametrize(("kind", "transforms"), CASES)
 def test_training_compiles_once_and_evaluation_once(kind: str, transforms: str) -> None:
     model = prepared(kind, transforms)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     # The same operators in the same order; of ReSTE's gradient a compiled graph has the formula in plain torch.
     bound = 1e-5 if transforms == "reste" else 0.0
@@ -79,7 +81,7 @@ def test_training_compiles_once_and_evaluation_once(kind: str, transforms: str) 
 def test_a_new_plan_compiles_anew_and_a_step_without_one_does_not() -> None:
     model = prepared("vit", "all")
     layers = [module for module in model.modules() if isinstance(module, CompressedLayer)]
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     counts, levels = [], []
     for seed in range(STEPS):

@@ -395,12 +395,13 @@ FAKE_TIMM = """
     timm, registry = types.ModuleType("timm"), {}
     timm.models = types.ModuleType("timm.models")
     def register_model(entry):  # as timm's: by the function's name, noted in the module's __all__
+        assert entry.__name__ not in registry, "timm warns"
         sys.modules[entry.__module__].__all__.append(entry.__name__)
         registry[entry.__name__] = entry
         return entry
     timm.models.register_model = register_model
     timm.create_model = lambda name, **options: registry[name](
-        pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **options)
+        pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options)
     sys.modules |= {"timm": timm, "timm.models": timm.models}
 """
 
@@ -435,9 +436,11 @@ def test_registers_with_a_stand_in_for_timm(timm_first):
     subprocess.run([sys.executable, "-c", "\n".join(map(textwrap.dedent, lines))], check=True)
 
 
-def test_registers_with_timm():
+def test_registers_with_timm(recwarn):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    tersor.models.register_timm()
+    for _ in range(2):
+        tersor.models.register_timm()
+    assert not [w for w in recwarn if "registry" in str(w.message)]
     model = timm.create_model("tersor_dilateformer_nano", num_classes=7, drop_path_rate=0.2)
     assert isinstance(model, DilateFormer)
     assert model(images()).shape == (2, 7)

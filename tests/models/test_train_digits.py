@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -62,7 +63,7 @@ def test_interruption_while_writing_leaves_the_last_state(two_epochs, tmp_path, 
     def fail(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_digits.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(KeyboardInterrupt):
         _digits.write_safetensors(path, {"x": torch.ones(1)}, {})
     assert path.read_bytes() == before

@@ -45,7 +45,9 @@ def ddtb(x: Tensor, lower: Tensor, upper: Tensor, bits: int, relu: bool = False)
 def unit(x: Tensor, lower: Tensor, upper: Tensor, bits: int, signed: bool = False, relu: bool = False) -> Tensor:
     x = torch.relu(x) if relu else x
     levels = 2**bits - 1
-    output = round_through(((x - lower) / (upper - lower)).clamp(0, 1) * levels) / levels
+    part = (x - lower) / (upper - lower)
+    part = torch.where(part < 0, 0, torch.where(part > 1, 1, part))  # clamp's gradient at a bound is 1 until torch 2.13
+    output = round_through(part * levels) / levels
     return (output - 0.5) * 2 if signed else output
 
 

@@ -8,10 +8,18 @@ import torch
 from subject import Subject, load_test_module
 
 import tersor  # noqa: F401  (fills the registry)
+from tersor._backends import running
 from tersor._operator import REGISTRY
 
 PLACES = sorted({op.place for op in REGISTRY.values()})
 SUBJECTS: list[Subject] = [subject for place in PLACES for subject in load_test_module(place).SUBJECTS]
+DEFAULT = running(SUBJECTS[0].operators[0], "cpu")
+
+
+def has_graphs(subject: Subject, run: tuple[str, str]) -> bool:
+    """A graph calls the dispatcher, whichever kernel lies below: on the CPU graphs are made with the backend that runs
+    by default, and of one subject with all; test_export has all of all."""
+    return run[0] != "cpu" or run[1] == DEFAULT or subject is SUBJECTS[0]
 
 
 def gradients(
