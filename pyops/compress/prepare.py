@@ -267,7 +267,7 @@ def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, 
         names = next((names for kind, names in known.items() if isinstance(module, kind)), ())
         if _is_swin(module) and id(module) not in replaced:
             names = ("qkv", "proj")
-        written = () if id(module) in replaced else _read_in_source(type(module))
+        written = () if id(module) in replaced else _read_in_source(type(module))  # type: ignore[arg-type]
         found = [name for name in written if isinstance(getattr(module, name, None), (nn.Conv2d, nn.Linear))]
         for child in (*names, *found, *getattr(module, "weights_read_directly", ())):
             reason = f"{type(module).__name__} computes with its weight directly"
