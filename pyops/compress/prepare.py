@@ -275,7 +275,7 @@ def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, 
 
 
 @functools.cache
-def _read_in_source(kind: type[nn.Module]) -> tuple[str, ...]:
+def _read_in_source(kind: Any) -> tuple[str, ...]:
     """Children of which the forward pass, as it is written, takes the weight, other than for its dtype and the like."""
     try:
         source = inspect.getsource(kind.forward)
