@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from compressed_models import STEPS, images, prepared, trained
 from torch import Tensor, nn

@@ -386,7 +386,7 @@ def test_exactly_those_norms_that_may_be_are_folded(name: str, which: str) -> No
         output = apart(x)
         folded: Any = compress.convert_(model)
         assert norms - {each for each, module in folded.named_modules() if "Norm" in type(module).__name__} == expected
-        assert set(folded.compression.folded.values()) == expected
+        assert {fold.norm for fold in folded.compression.folded.values()} == expected
         difference = (folded(x) - output).abs()
     scale = output.abs().max()
     if which in ("plain", "quantised"):  # an element may cross a threshold
@@ -405,15 +405,21 @@ def test_a_weight_in_two_layers_is_folded_into_one() -> None:
     with torch.no_grad():
         expected = model(x)
         folded: Any = compress.convert_(model)
-        assert folded.compression.folded == {"a": "b"}
+        assert folded.compression.folded == {"a": convert.Fold("b")}
         torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_norm_of_another_layer_in_the_file_is_refused() -> None:
     model: Any = prepared(TinyResNet, COMPOSITIONS["lsq"])
-    for pairs in ({"layers.0.conv1": "fc"}, {"layers.0.conv1": "layers.1.bn1"}, {"fc": "layers.0.bn1"}):
-        with pytest.raises(ValueError, match="is no norm that can go into"):
-            convert.convert_with(copy.deepcopy(model), copy.deepcopy(model).compression, pairs)
+    for conv, fold, message in (
+        ("layers.0.conv1", convert.Fold("fc"), "fc is no norm that can go into"),
+        ("layers.0.conv1", convert.Fold("layers.1.bn1"), "is no norm that can go into"),
+        ("fc", convert.Fold("layers.0.bn1"), "is no norm that can go into"),
+        ("layers.0.conv1", convert.Fold("layers.0.bn1", "fc"), "fc is no ReLU that can go into"),
+        ("layers.0.conv1", convert.Fold("layers.0.bn1", residual=True), "conv1 takes no residual"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.convert_with(copy.deepcopy(model), copy.deepcopy(model).compression, {conv: fold})
 
 
 def test_this_packages_resnet_folds_what_it_says_of_itself() -> None:
