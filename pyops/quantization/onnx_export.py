@@ -244,7 +244,7 @@ class _Constants:
                 raise _DependsOnInput
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.of)
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-                args = [each.clone() if isinstance(each, Tensor) else each for each in args]
+                args = tuple(each.clone() if isinstance(each, Tensor) else each for each in args)
             self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.values[node]
 
@@ -263,8 +263,8 @@ def _replace_quantizers(
     writer: _Writer,
 ) -> list[Callable[[Any], Any]]:
     """Puts a mark in the place of every quantiser and sparse weight; returns what writes each one's nodes."""
-    constants, emitters = _Constants(program), []
-    graph = program.graph
+    constants, graph = _Constants(program), program.graph
+    emitters: list[Callable[[Any], Any]] = []
     graph.eliminate_dead_code()
     found = [node for node in graph.nodes if _operator_name(node) in {*LEVELS, *SPARSIFIERS}]
     if not found:
@@ -316,7 +316,7 @@ def _store(
         kind = integer_type(levels, widths, signed=True)
         for place in reversed(range(quantizer, last + 1)):
             if (codes := _codes(constants.of(chain[place]), levels, kind)) is not None:
-                emitter, last = writer.emitter(_layer(node), levels, kind, codes), place
+                emitter, last = writer.emitter(_layer(chain[quantizer]), levels, kind, codes), place
                 break
     values = constants.of(chain[last])
     emitters.append(emitter or writer.float_emitter(_layer(node), values[0] if isinstance(values, tuple) else values))
