@@ -124,24 +124,25 @@ def _exported(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any)
 
 def _sizes(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
     """Of each input: its dtype, and each size as a number, or as a name with the least and the greatest (or None)."""
+    import sympy  # slow, and torch.export has done it
+
     found = []
     for node in program.graph.nodes:
         if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
             continue
-        value, shape = node.meta["val"], []
+        value = node.meta["val"]
+        shape: list[Any] = []
         for size in value.shape:
             if isinstance(size, int):
                 shape.append(size)
                 continue
             limits = program.range_constraints.get(size.node.expr)
-            ends = (None, None) if limits is None else (limits.lower, limits.upper)
-            shape.append([str(size.node.expr), *(int(end) if _is_number(end) else None for end in ends)])
+            ends: list[Any] = [] if limits is None else [limits.lower, limits.upper]
+            # Infinities are no Integer. From 2 on means that nothing was said: tracing leaves out 0 and 1.
+            least, greatest = (int(end) if isinstance(end, sympy.Integer) else None for end in ends or [None, None])
+            shape.append([str(size.node.expr), 1 if least in (None, 2) else least, greatest])
         found.append({"dtype": str(value.dtype), "shape": shape})
     return found
-
-
-def _is_number(end: Any) -> bool:
-    return end is not None and bool(end.is_finite) and abs(int(end)) < 2**62
 
 
 def _check_inputs(expected: list[dict[str, Any]], inputs: tuple[Any, ...]) -> None:
@@ -158,10 +159,13 @@ def _check_inputs(expected: list[dict[str, Any]], inputs: tuple[Any, ...]) -> No
                 fits = fits and size == limit
             else:
                 symbol, least, greatest = limit
-                fits = fits and size >= (least or 0) and (greatest is None or size <= greatest)
+                fits = fits and size >= least and (greatest is None or size <= greatest)
                 fits = fits and known.setdefault(symbol, size) == size
         if not fits:
-            texts = (str(x) if isinstance(x, int) else f"{x[0]} from {x[1]} to {x[2] or 'any'}" for x in shape)
+            texts = (
+                str(x) if isinstance(x, int) else f"{x[0]} from {x[1]} {'on' if x[2] is None else f'to {x[2]}'}"
+                for x in shape
+            )
             raise ValueError(
                 f"{name}: input {place} must be {wanted['dtype']} ({', '.join(texts)}) for this file, got "
                 f"{tensor.dtype} {tuple(tensor.shape)}"
