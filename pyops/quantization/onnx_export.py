@@ -58,12 +58,17 @@ def export_onnx(
     ``fake_quantize_lsq_plus`` and ``fake_quantize_affine`` with ``corrected`` are the same bit for bit. NaN does not
     pass an integer.
 
-    What cannot be said so is refused: bounds that depend on the input (a dynamic gate) or lie along the batch; levels
+    Of a model that :func:`tersor.compress.prepare_` made, export before ``convert_``. N:M sparse weights have their
+    zeros among the whole numbers, or without a quantiser among floats. The levels of ``method="lts"``, between which 0
+    is not one, are odd multiples of half their distance, which from 4 bits on take 8; within 2^-21 of the greatest.
+
+    What cannot be said so is refused: packed and binary layers; bounds that depend on the input (a dynamic gate) or lie along the batch; levels
     that do not fit 8 bits, as those far from 0 and the 257 that ``bits=8`` has where s lower is a whole number and a
     half (as for lower = -upper); the rule ``"unit"``; any dtype but float32.
 
     Args:
-        model: in eval mode; any module that ``torch.export`` takes, with at least one quantiser in use.
+        model: in eval mode; any module that ``torch.export`` takes, with at least one quantiser or N:M sparse
+            weight in use.
         inputs: example input, or a tuple of them.
         path: of the file.
         dynamic_shapes: as for ``torch.onnx.export``, such as ``({0: "batch", 2: "height", 3: "width"},)``; sizes that
