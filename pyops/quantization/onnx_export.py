@@ -62,9 +62,9 @@ def export_onnx(
     zeros among the whole numbers, or without a quantiser among floats. The levels of ``method="lts"``, between which 0
     is not one, are odd multiples of half their distance, which from 4 bits on take 8; within 2^-21 of the greatest.
 
-    What cannot be said so is refused: packed and binary layers; bounds that depend on the input (a dynamic gate) or lie along the batch; levels
-    that do not fit 8 bits, as those far from 0 and the 257 that ``bits=8`` has where s lower is a whole number and a
-    half (as for lower = -upper); the rule ``"unit"``; any dtype but float32.
+    What cannot be said so is refused: packed and binary layers; bounds that depend on the input (a dynamic gate) or lie
+    along the batch; levels that do not fit 8 bits, as those far from 0 and the 257 that ``bits=8`` has where s lower is
+    a whole number and a half (as for lower = -upper); the rule ``"unit"``; any dtype but float32.
 
     Args:
         model: in eval mode; any module that ``torch.export`` takes, with at least one quantiser or N:M sparse
