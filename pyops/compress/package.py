@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zipfile
@@ -70,15 +71,18 @@ def compile_package(
         raise ValueError(f"{name}: path must end in '.pt2', got {where!r}")
     program = _exported(model, given, dynamic_shapes)
     _check_compiler(name)
-    return torch._inductor.aoti_compile_and_package(program, package_path=where)
+    description = {"tersor": json.dumps(_sizes(program))}
+    options = {"aot_inductor.metadata": description}
+    return torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=options)
 
 
 def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
     """What :func:`compile_package` made, ready to run: takes the inputs and returns the model's output.
 
     It is ``torch._inductor.aoti_load_package`` in a process that has imported tersor, which registers the operators;
-    and has inputs of other shapes and dtypes than the file is for refused with a RuntimeError, which torch by default
-    does not look at. For that it sets ``AOTI_RUNTIME_CHECK_INPUTS=1`` in the environment, unless it is set.
+    and inputs of other shapes and dtypes than the file is for are a ValueError, where torch by default reads on beyond
+    their end. (Torch's own check, ``AOTI_RUNTIME_CHECK_INPUTS``, refuses open sizes of 1 and such that its convolutions
+    choose another kernel for, though the file computes them as well.)
 
     Args:
         path: of the file. Trust it as you would a program: loading it runs its code.
@@ -92,11 +96,17 @@ def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
         pass  # so that a missing file is an OSError like elsewhere
     if not zipfile.is_zipfile(where):
         raise ValueError(f"load_package: {where}: not a file that compile_package wrote, or damaged")
-    os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
     try:
-        return torch._inductor.aoti_load_package(where)
-    except RuntimeError as error:
+        model = torch._inductor.aoti_load_package(where)
+        expected = json.loads(model.get_metadata()["tersor"])
+    except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"load_package: {where}: cannot be loaded here: {error}") from error
+
+    def run(*inputs: Tensor) -> Any:
+        _check_inputs(expected, inputs)
+        return model(*inputs)
+
+    return run
 
 
 @torch.no_grad()
@@ -110,6 +120,56 @@ def _exported(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any)
         return torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # of many kinds, by torch.export and by the model's own code
         raise ValueError(f"{name}: torch.export cannot take the model with these inputs: {error}") from error
+
+
+def _sizes(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
+    """Of each input: its dtype, and each size as a number, or as a name with the least and the greatest (or None)."""
+    import sympy  # slow, and torch.export has done it
+
+    found = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
+            continue
+        value = node.meta["val"]
+        shape: list[Any] = []
+        for size in value.shape:
+            if isinstance(size, int):
+                shape.append(size)
+                continue
+            limits = program.range_constraints.get(size.node.expr)
+            ends: list[Any] = [] if limits is None else [limits.lower, limits.upper]
+            # Infinities are no Integer. From 2 on means that nothing was said: tracing leaves out 0 and 1.
+            least, greatest = (int(end) if isinstance(end, sympy.Integer) else None for end in ends or [None, None])
+            shape.append([str(size.node.expr), 1 if least in (None, 2) else least, greatest])
+        found.append({"dtype": str(value.dtype), "shape": shape})
+    return found
+
+
+def _check_inputs(expected: list[dict[str, Any]], inputs: tuple[Any, ...]) -> None:
+    name = "load_package"
+    if len(inputs) != len(expected) or not all(isinstance(each, Tensor) for each in inputs):
+        kinds = ", ".join(type(each).__name__ for each in inputs)
+        raise TypeError(f"{name}: inputs must be {len(expected)} tensors for this file, got {kinds or 'none'}")
+    known: dict[str, int] = {}
+    for place, (tensor, wanted) in enumerate(zip(inputs, expected, strict=True)):
+        shape = wanted["shape"]
+        fits = str(tensor.dtype) == wanted["dtype"] and tensor.dim() == len(shape)
+        for size, limit in zip(tensor.shape, shape, strict=False):
+            if isinstance(limit, int):
+                fits = fits and size == limit
+            else:
+                symbol, least, greatest = limit
+                fits = fits and size >= least and (greatest is None or size <= greatest)
+                fits = fits and known.setdefault(symbol, size) == size
+        if not fits:
+            texts = (
+                str(x) if isinstance(x, int) else f"{x[0]} from {x[1]} {'on' if x[2] is None else f'to {x[2]}'}"
+                for x in shape
+            )
+            raise ValueError(
+                f"{name}: input {place} must be {wanted['dtype']} ({', '.join(texts)}) for this file, got "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
 
 
 def _check_compiler(name: str) -> None:

@@ -264,10 +264,11 @@ def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, 
         nn.TransformerEncoderLayer: ("linear1", "linear2"),  # in its fast path
     }
     for module in model.modules():
-        names = next((names for kind, names in known.items() if isinstance(module, kind)), ())
+        names = next((names for each, names in known.items() if isinstance(module, each)), ())
         if _is_swin(module) and id(module) not in replaced:
             names = ("qkv", "proj")
-        written = () if id(module) in replaced else _read_in_source(type(module))  # type: ignore[arg-type]
+        kind: Any = type(module)
+        written = () if id(module) in replaced else _read_in_source(kind)
         found = [name for name in written if isinstance(getattr(module, name, None), (nn.Conv2d, nn.Linear))]
         for child in (*names, *found, *getattr(module, "weights_read_directly", ())):
             reason = f"{type(module).__name__} computes with its weight directly"
@@ -275,7 +276,7 @@ def _read_directly(model: nn.Module, replaced: set[int]) -> Iterator[tuple[int, 
 
 
 @functools.cache
-def _read_in_source(kind: type[nn.Module]) -> tuple[str, ...]:
+def _read_in_source(kind: Any) -> tuple[str, ...]:
     """Children of which the forward pass, as it is written, takes the weight, other than for its dtype and the like."""
     try:
         source = inspect.getsource(kind.forward)

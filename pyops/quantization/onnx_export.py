@@ -58,12 +58,17 @@ def export_onnx(
     ``fake_quantize_lsq_plus`` and ``fake_quantize_affine`` with ``corrected`` are the same bit for bit. NaN does not
     pass an integer.
 
-    What cannot be said so is refused: bounds that depend on the input (a dynamic gate) or lie along the batch; levels
-    that do not fit 8 bits, as those far from 0 and the 257 that ``bits=8`` has where s lower is a whole number and a
-    half (as for lower = -upper); the rule ``"unit"``; any dtype but float32.
+    Of a model that :func:`tersor.compress.prepare_` made, export before ``convert_``. N:M sparse weights have their
+    zeros among the whole numbers, or without a quantiser among floats. The levels of ``method="lts"``, between which 0
+    is not one, are odd multiples of half their distance, which from 4 bits on take 8; within 2^-21 of the greatest.
+
+    What cannot be said so is refused: packed and binary layers; bounds that depend on the input (a dynamic gate) or lie
+    along the batch; levels that do not fit 8 bits, as those far from 0 and the 257 that ``bits=8`` has where s lower is
+    a whole number and a half (as for lower = -upper); the rule ``"unit"``; any dtype but float32.
 
     Args:
-        model: in eval mode; any module that ``torch.export`` takes, with at least one quantiser in use.
+        model: in eval mode; any module that ``torch.export`` takes, with at least one quantiser or N:M sparse
+            weight in use.
         inputs: example input, or a tuple of them.
         path: of the file.
         dynamic_shapes: as for ``torch.onnx.export``, such as ``({0: "batch", 2: "height", 3: "width"},)``; sizes that
@@ -242,10 +247,9 @@ class _Constants:
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if node.op != "call_function" or random:
                 raise _DependsOnInput
-            given: Any = torch.fx.node.map_arg((node.args, node.kwargs), self.of)
-            args, kwargs = given
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.of)
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-                args = [each.clone() if isinstance(each, Tensor) else each for each in args]
+                args = tuple(each.clone() if isinstance(each, Tensor) else each for each in args)
             self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.values[node]
 
@@ -264,9 +268,8 @@ def _replace_quantizers(
     writer: _Writer,
 ) -> list[Callable[[Any], Any]]:
     """Puts a mark in the place of every quantiser and sparse weight; returns what writes each one's nodes."""
-    constants = _Constants(program)
+    constants, graph = _Constants(program), program.graph
     emitters: list[Callable[[Any], Any]] = []
-    graph = program.graph
     graph.eliminate_dead_code()
     found = [node for node in graph.nodes if _operator_name(node) in {*LEVELS, *SPARSIFIERS}]
     if not found:
@@ -318,7 +321,7 @@ def _store(
         kind = integer_type(levels, widths, signed=True)
         for place in reversed(range(quantizer, last + 1)):
             if (codes := _codes(constants.of(chain[place]), levels, kind)) is not None:
-                emitter, last = writer.emitter(_layer(node), levels, kind, codes), place
+                emitter, last = writer.emitter(_layer(chain[quantizer]), levels, kind, codes), place
                 break
     values = constants.of(chain[last])
     emitters.append(emitter or writer.float_emitter(_layer(node), values[0] if isinstance(values, tuple) else values))
