@@ -167,13 +167,13 @@ class FreezingWeight(LtsWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         dtype, exact = weight.dtype, self.distance.dtype  # FSDP2 may give everything in half precision
-        lower, upper = self.lower.to(exact), self.upper.to(exact)
+        lower, upper = _as(exact, self.lower), _as(exact, self.upper)
         if self.training:  # like LSQ's step, so that one learning rate serves weights and bounds
             factor = (weight.numel() * (2**self.bits - 1)) ** -0.5
             lower, upper = _ScaledGradient.apply(lower, factor), _ScaledGradient.apply(upper, factor)
         assert self.saved is not None
-        levels = lts_quantize(weight.to(self.saved.dtype), self.state, lower, upper, self.bits).to(dtype)
-        return levels * ((upper - lower) / 2).to(dtype)
+        levels = lts_quantize(_as(self.saved.dtype, weight), self.state, lower, upper, self.bits)
+        return _as(dtype, levels) * _as(dtype, (upper - lower) / 2)
 
     @torch.no_grad()
     def move_on(self, weight: Tensor) -> None:
@@ -181,6 +181,11 @@ class FreezingWeight(LtsWeight):
         if self.schedule is not None:
             weight, lower, upper = (whole(tensor.detach()) for tensor in (weight, self.lower, self.upper))
             lts_quantize(weight, self.state, lower, upper, self.bits, self.schedule)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """In that dtype; without a node in an exported graph where it is so already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _order_(lower: Tensor, upper: Tensor) -> None:
