@@ -99,7 +99,6 @@ class Run:
         torch.manual_seed(seed)  # of dropout
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(task.train), generator=generator)
-        _look_at_frozen(model)
         model.train()
         losses, begin = [], time.perf_counter()
         for step, index in enumerate(order[: self.steps * task.batch_size(config.batch_size)].chunk(self.steps)):
@@ -140,13 +139,6 @@ def rate(config: Config, step: int, steps: int) -> float:
     if step < warm:
         return config.learning_rate * (step + 1) / (warm + 1)
     return config.learning_rate * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
-
-
-def _look_at_frozen(model: nn.Module) -> None:
-    """What the backward pass leaves out is not in the state dict: it starts anew with every epoch."""
-    for module in model.modules():
-        if isinstance(module, (compress.CompressedConv2d, compress.CompressedLinear)):
-            module.refresh_plan()
 
 
 @torch.no_grad()
