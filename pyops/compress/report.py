@@ -63,13 +63,15 @@ class Report:
     """A table of a model's layers; ``str()`` of it is plain text, :meth:`to_markdown` a Markdown table.
 
     Attributes:
-        rows: in the order of the model.
+        rows: convolutions and linear layers, in the order of the model.
         step, steps: how far the training is.
+        rest: bytes of everything else in the state dict, such as norms and embeddings.
     """
 
     rows: tuple[Row, ...]
     step: int
     steps: int
+    rest: int = 0
 
     @property
     def total(self) -> Row:
@@ -79,13 +81,16 @@ class Report:
         frozen = sum(row.frozen * row.float_bytes for row in self.rows) / count
         macs = [row.macs for row in self.rows if row.macs is not None]
         sizes = (sum(row.bytes for row in self.rows), sum(row.float_bytes for row in self.rows))
-        return Row("all", "", 0, 0, sparsity, frozen, *sizes, sum(macs) if macs else None)
+        return Row("all layers", "", 0, 0, sparsity, frozen, *sizes, sum(macs) if macs else None)
 
     def cells(self) -> list[list[str]]:
         """Header, rows and total as text."""
         total = self.total.cells()
         total[2] = total[3] = ""
-        return [list(HEADER), *(row.cells() for row in self.rows), total]
+        lines = [list(HEADER), *(row.cells() for row in self.rows), total]
+        if self.rest:
+            lines.append(["everything else", *[""] * 5, f"{self.rest:,}", f"{self.rest:,}", ""])
+        return lines
 
     def to_markdown(self) -> str:
         header, *rows = self.cells()
@@ -125,7 +130,16 @@ def report(model: nn.Module, *example: Any, **more: Any) -> Report:
             found = _row(name or compression.root, module, compression)
         if found is not None:
             rows.append(dataclasses.replace(found, macs=macs.get(id(module))) if macs else found)
-    return Report(tuple(rows), compression.done, compression.steps)
+    return Report(tuple(rows), compression.done, compression.steps, _rest(model, around, compression, rows))
+
+
+def _rest(model: nn.Module, around: str, compression: Compression, rows: list[Row]) -> int:
+    """Bytes of what belongs to no row."""
+    names = [row.layer for row in rows]
+    if compression.root in names:  # the model is a layer itself
+        return 0
+    listed = tuple(f"{around}{name}." for name in (*names, NAME))
+    return sum(tensor.nbytes for key, tensor in model.state_dict().items() if not key.startswith(listed))
 
 
 @torch.no_grad()

@@ -89,14 +89,14 @@ def test_text_and_markdown() -> None:
     compress.step(model)
     report = compress.report(model, batch()[0])
     lines = str(report).splitlines()
-    assert len(lines) == len(report.rows) + 2
+    assert len(lines) == len(report.rows) + 3
     assert lines[0].split() == [word for title in HEADER for word in title.split()]
     assert lines[2].split()[0] == "layers.0.conv1"
     assert f"{100 * report.rows[1].sparsity:.0f} %" in lines[2]
-    assert lines[-1].startswith("all ")
+    assert lines[-2].startswith("all layers ")
     assert not any(line.endswith(" ") for line in lines)
     table = report.to_markdown().splitlines()
-    assert len(table) == len(report.rows) + 3
+    assert len(table) == len(report.rows) + 4
     assert {line.count("|") for line in table} == {10}
     assert set(table[1]) <= set("|-: ")
 
@@ -116,3 +116,14 @@ def test_it_needs_a_prepared_model_and_leaves_modes_alone() -> None:
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match="must have been prepared"):
         compress.report(nn.Linear(2, 2))
+
+
+def test_rows_and_the_rest_are_the_whole_state() -> None:
+    model = prepared(TinyResNet, next(iter(COMPOSITIONS.values())), STEPS).train()
+    train(model)
+    compress.convert_(model, fold_norms=False)
+    found = compress.report(model)
+    norms = [module.state_dict() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert found.rest == sum(tensor.nbytes for state in norms for tensor in state.values()) > 0
+    assert found.rest + found.total.bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert str(found).splitlines()[-1].split() == ["everything", "else", *[f"{found.rest:,}"] * 2]
