@@ -1,6 +1,9 @@
 """tersor: fused operators for efficient vision models, on CPUs and NVIDIA GPUs."""
 
-from tersor import _backends, compress
+import importlib
+from typing import Any
+
+from tersor import _backends
 from tersor._backends import backends, use_backend
 from tersor._folding import fold_norms_
 from tersor.attention import (
@@ -165,5 +168,13 @@ __all__ = [
     "window_attention_qkpacked",
     "window_attention_qkvpacked",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported on first use: neither is needed by who uses operators only."""
+    if name in ("compress", "sharding"):
+        return importlib.import_module(f"tersor.{name}")
+    raise AttributeError(f"module 'tersor' has no attribute {name!r}")
+
 
 _backends.load()

@@ -70,7 +70,7 @@ def save(
         raise TypeError(f"save: metadata must be of what JSON can hold: {error}") from None
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     header = {"tersor": text, "sha256": _digest(text, tensors)}
-    content = safetensors.torch.save(tensors, header)
+    content = _ordered(safetensors.torch.save(tensors, header))
     folder = os.path.dirname(os.path.abspath(path))
     handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".unfinished")
     try:
@@ -83,6 +83,16 @@ def save(
     except BaseException:
         os.unlink(unfinished)
         raise
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same file for the same model: safetensors writes metadata in an order that changes from run to run."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,8 +96,10 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             compile_package(model, wrong, path)
     with pytest.raises(ValueError, match=r"torch\.export cannot take the model with these inputs"):
         compile_package(model, x, path, dynamic_shapes=({2: torch.export.Dim("height")},))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    with pytest.raises(RuntimeError, match="a C\\+\\+ compiler is needed, found none of no-such-compiler"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(RuntimeError, match="a C\\+\\+ compiler is needed, found none of no-such-compiler"),
+    ):
         compile_package(model, x, path)
     model[1].train()
     with pytest.raises(ValueError, match="must be in eval mode, got training mode in 1; call"):

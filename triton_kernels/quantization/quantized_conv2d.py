@@ -139,14 +139,14 @@ def _convolve_kernel(
     total *= tl.load(factor + of_sample, mask=real, other=0.0)[None, :]
     if BIAS:
         total += tl.load(bias + channel, mask=real, other=0.0)[None, :]
-    place = sample * output_n + p.to(tl.int64)[:, None] * output_p + channel[None, :] * output_c
-    present = valid[:, None] & real[None, :]
     result = total.to(tl.float32)
     if RESIDUAL:
-        result += tl.load(residual + place, mask=present, other=0.0).to(tl.float32)
+        added = residual + sample * output_n + p.to(tl.int64)[:, None] * output_p + channel[None, :] * output_c
+        result += tl.load(added, mask=valid[:, None] & real[None, :], other=0.0).to(tl.float32)
     if OUTPUT_RELU:
         result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(output + place, result.to(output.dtype.element_ty), mask=present)
+    rows = output + sample * output_n + p.to(tl.int64)[:, None] * output_p + channel[None, :] * output_c
+    tl.store(rows, result.to(output.dtype.element_ty), mask=valid[:, None] & real[None, :])
 
 
 def quantized_conv2d(
@@ -206,7 +206,7 @@ def quantized_conv2d(
         sizes = (height * width, groups, inputs, channels, input.stride(0), step)
         constants = per_sample | {"BITS": bits, "RELU": relu, "POINTS": points}
         _quantize_kernel[grid](*tensors, *sizes, **constants, **tile, **OPTIONS)
-        tile = _convolve_tile(channels, outputs // groups)
+        tile = _convolve_tile(channels, outputs // groups, residual is not None)
         per_image = triton.cdiv(out_height * out_width, tile["BLOCK_P"])
         grid = (per_image * triton.cdiv(outputs // groups, tile["BLOCK_O"]), batch * groups)
         shift = None if bias is None else bias.double()
@@ -244,10 +244,13 @@ def ahead_of_time_cases() -> Iterator[tuple[Any, str, dict[str, str], dict[str, 
             fixed = {"PER_SAMPLE": False, "BITS": 8, "RELU": True, "POINTS": points} | _quantize_tile(64, itemsize)
             signature = {a: types.get(a, "i32") for a in _quantize_kernel.arg_names if a not in fixed}
             yield _quantize_kernel, f"{name} {'points' if points else 'planes'}", signature, fixed, OPTIONS
-        end = {"BIAS": True, "RESIDUAL": True, "OUTPUT_RELU": True}
-        fixed = {"PER_SAMPLE": False, "output_p": 1} | end | _convolve_tile(64, 64)
-        signature = {a: types.get(a, "i32") for a in _convolve_kernel.arg_names if a not in fixed}
-        yield _convolve_kernel, f"{name} 64 to 64 channels", signature | {"in_channels": "i32"}, fixed, OPTIONS
+        for residual in (False, True):
+            end = {"BIAS": True, "RESIDUAL": residual, "OUTPUT_RELU": residual}
+            end |= {} if residual else {"residual": None}
+            fixed = {"PER_SAMPLE": False, "output_p": 1} | end | _convolve_tile(64, 64, residual)
+            signature = {a: types.get(a, "i32") for a in _convolve_kernel.arg_names if a not in fixed}
+            label = f"{name} 64 to 64 channels{' and a residual' if residual else ''}"
+            yield _convolve_kernel, label, signature | {"in_channels": "i32"}, fixed, OPTIONS
 
 
 def _quantize_tile(channels: int, itemsize: int) -> dict[str, int]:
@@ -256,10 +259,11 @@ def _quantize_tile(channels: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_P": 16384 // itemsize // block, "BLOCK_C": block}
 
 
-def _convolve_tile(channels: int, outputs: int) -> dict[str, int]:
-    """A byte product takes 32 channels or more, and 16 outputs or more; 128 x 64 sums are 32 registers a thread."""
+def _convolve_tile(channels: int, outputs: int, residual: bool) -> dict[str, int]:
+    """A byte product takes 32 channels or more, and 16 outputs or more; 128 x 64 sums are 32 registers a thread, beside
+    which those of a residual would spill."""
     block = min(max(triton.next_power_of_2(outputs), 16), 64)
-    return {"BLOCK_P": 128, "BLOCK_O": block, "BLOCK_C": 32 if channels <= 32 else 64}
+    return {"BLOCK_P": 64 if residual else 128, "BLOCK_O": block, "BLOCK_C": 32 if channels <= 32 else 64}
 
 
 def _check(input: Tensor, weight: Tensor, sums: Tensor, lower: Tensor, upper: Tensor, **vectors: Tensor | None) -> None:
