@@ -245,7 +245,7 @@ def ahead_of_time_cases() -> Iterator[tuple[Any, str, dict[str, str], dict[str, 
             signature = {a: types.get(a, "i32") for a in _quantize_kernel.arg_names if a not in fixed}
             yield _quantize_kernel, f"{name} {'points' if points else 'planes'}", signature, fixed, OPTIONS
         for residual in (False, True):
-            end = {"BIAS": True, "RESIDUAL": residual, "OUTPUT_RELU": residual}
+            end: dict[str, Any] = {"BIAS": True, "RESIDUAL": residual, "OUTPUT_RELU": residual}
             end |= {} if residual else {"residual": None}
             fixed = {"PER_SAMPLE": False, "output_p": 1} | end | _convolve_tile(64, 64, residual)
             signature = {a: types.get(a, "i32") for a in _convolve_kernel.arg_names if a not in fixed}
