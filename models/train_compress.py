@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Accuracy: of test patches, mean and standard deviation of the seeds, of the models read back from their files; "
-    "change: mean of the seeds' differences and its standard error. Same: test patches that the file's network tells "
+    "change: mean of the seeds' differences and its standard error. Frozen: share of the layers' weights at the end of the training. Same: test patches that the file's network tells "
     "as the trained one did. Bytes: of the file. Times: medians of forward passes on the CPU that take turns."
 )
 
@@ -137,7 +137,7 @@ def _rows(
     groups: Mapping[str, Sequence[Progress]], latencies: Mapping[str, Mapping[str, float]], options: argparse.Namespace
 ) -> list[list[str]]:
     """The table: a header, then both networks."""
-    header = ["", "accuracy (%)", "change", "same", "bytes", "batch of 1", "batch of 64", "of each seed (%)"]
+    header = ["", "accuracy (%)", "change", "frozen", "same", "bytes", "batch of 1", "batch of 64", "of each seed (%)"]
     rows = [header]
     dense = [run.accuracy for run in groups["dense"]]
     for phase in ("dense", "compressed"):
@@ -148,7 +148,19 @@ def _rows(
         times = [f"{latencies[phase][size]:.3g} ms" for size in ("1", "64")]
         count = f"{same}/{options.test_patches * len(found)}"
         size = f"{groups[phase][0].bytes:,}"
-        rows.append([phase, mean_and(found), change, count, size, *times, " ".join(f"{v:.2f}" for v in found)])
+        frozen = statistics.fmean(run.frozen[-1] for run in groups[phase])
+        rows.append(
+            [
+                phase,
+                mean_and(found),
+                change,
+                f"{frozen:.1%}" if frozen else "",
+                count,
+                size,
+                *times,
+                " ".join(f"{v:.2f}" for v in found),
+            ]
+        )
     return rows
 
 
