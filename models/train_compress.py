@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Accuracy: of test patches, mean and standard deviation of the seeds, of the models read back from their files; "
-    "change: mean of the seeds' differences and its standard error. Frozen: share of the layers' weights at the end of the training. Same: test patches that the file's network tells "
-    "as the trained one did. Bytes: of the file. Times: medians of forward passes on the CPU that take turns."
+    "change: mean of the seeds' differences and its standard error. Frozen: share of all weights at the end of the "
+    "training. Same: test patches that the file's network tells as the trained one did. Bytes: of the file. Times: "
+    "medians of forward passes on the CPU that take turns."
 )
 
 

@@ -60,6 +60,13 @@ struct Task {
   int64_t taps, blocks;
   const int64_t *offsets, *sum_offsets;  // of the taps
 
+  // Whether a tap reads row r of a band: with a stride beyond the kernel not all are.
+  bool reads_row(int64_t r) const {
+    for (int64_t t = 0; t < kernel_h; ++t) {
+      if ((r - t * dilation_h) % stride_h == 0) return true;
+    }
+    return false;
+  }
   int64_t row_slot(int64_t r) const { return r % stride_h * row_slots_per_phase + r / stride_h; }
   int64_t column_slot(int64_t c) const { return c % stride_w * column_slots_per_phase + c / stride_w; }
   int64_t slots() const { return stride_h * row_slots_per_phase; }

@@ -146,6 +146,7 @@ static void quantize_band(const Task& task, const T* image, int64_t first, int64
   const bool points = task.input_c == 1 && task.input_w != 1;
   const float pad = static_cast<float>(q.pad * task.in_channels);
   for (int64_t r = 0; r < rows; ++r) {
+    if (!task.reads_row(r)) continue;
     const bool inside = first + r >= 0 && first + r < task.height;
     float* const sums = space.sums + task.row_slot(r) * task.pitch;
     for (int64_t c = 0; c < task.columns; ++c) {
@@ -156,6 +157,7 @@ static void quantize_band(const Task& task, const T* image, int64_t first, int64
   }
   for (int64_t w = 0; w < task.words; ++w) {  // plane by plane, as they lie in memory
     for (int64_t r = 0; r < rows; ++r) {
+      if (!task.reads_row(r)) continue;
       const bool inside = first + r >= 0 && first + r < task.height;
       const int64_t slot = task.row_slot(r);
       if (!inside) fill(space.codes + w * task.word_step + slot * task.row_step, task.pitch, pad_word<PER_WORD>(q));
@@ -360,6 +362,40 @@ static void put_block(const Task& task, const Unit& unit, const Quantizer& q, in
   }
 }
 
+// What a tile holds of one row of the output: from position `start` of the tile on, at `place` of a channel.
+struct Segment {
+  int64_t start, count, place;
+};
+
+// All of a tile for the channels of one block, whose rows lie along the output: numbers first, over the columns between
+// rows too, then row by row.
+template <class T>
+static void put_rows(const Task& task, const Unit& unit, int64_t group, int64_t block, const Segment* segments,
+                     int rows, int64_t count, const float* sums, const Workspace& space) {
+  const int64_t first = group * task.out_channels + block * BLOCK;
+  const int64_t channels = std::min<int64_t>(BLOCK, task.out_channels - block * BLOCK);
+  const int64_t image = unit.image * task.output_n + first * task.output_c;
+  for (int64_t o = 0; o < channels; ++o) {
+    const double zero = task.weight_zero ? task.weight_zero[first + o] : 0.0;
+    const double bias = task.bias ? task.bias[first + o] : 0.0;
+    const double factor = space.factor[block * BLOCK + o], constant = space.constant[block * BLOCK + o];
+    const float* const none = nullptr;
+    put_row(space.tile + o * TILE, sums, nullptr, factor, constant, zero, bias, none, false, count, space.values);
+    for (int s = 0; s < rows; ++s) {
+      const int64_t at = image + o * task.output_c + segments[s].place;
+      T* const output = static_cast<T*>(task.output) + at;
+      const T* const residual = task.residual ? static_cast<const T*>(task.residual) + at : nullptr;
+      for (int64_t x = 0; x < segments[s].count; x += LANES) {
+        const int present = static_cast<int>(std::min<int64_t>(LANES, segments[s].count - x));
+        Vec<float> v = load(space.values + segments[s].start + x);
+        if (residual) v += load_as<float>(residual + x, present);
+        if (task.output_relu) v = v < 0 ? splat(0.0f) : v;
+        store_as<float>(output + x, v, present);
+      }
+    }
+  }
+}
+
 TERSOR_INLINE bool any_nan(const float* values, int64_t count) {
   bool found = false;
   for (int64_t i = 0; i < count; ++i) found |= values[i] != values[i];
@@ -379,8 +415,22 @@ static void do_tile(const Task& task, const Unit& unit, const Quantizer& q, int6
   }
   const bool with_sums = task.weight_zero || any_nan(space.tile_sums, count);
   const int64_t last_row = unit.last_row - unit.first_row - 1;
+  const bool whole = task.flat && task.output_w == 1 && q.excess == 0;
+  Segment segments[TILE];
+  int rows = 0;
+  for (int64_t i = 0; whole && i < count;) {
+    const int64_t row = (start + i) / task.pitch, x = (start + i) % task.pitch;
+    const int64_t wide = std::min(count - i, task.out_width - x);
+    if (row > last_row) break;
+    if (wide > 0) segments[rows++] = {i, wide, (unit.first_row + row) * task.output_h + x};
+    i += std::min(count - i, task.pitch - x);
+  }
   for (int64_t b = unit.first_block(task, group); b < unit.last_block(task, group); ++b) {
     task.multiply(task, space.codes + line * task.row_step + start, task.packed_block(group, b), vectors, space.tile);
+    if (whole) {
+      put_rows<T>(task, unit, group, b, segments, rows, count, with_sums ? space.tile_sums : nullptr, space);
+      continue;
+    }
     for (int64_t i = 0; i < count;) {
       const int64_t row = task.flat ? (start + i) / task.pitch : line;
       const int64_t x = task.flat ? (start + i) % task.pitch : start + i;
