@@ -124,7 +124,6 @@ __all__ = [
     "class_attention_qkvpacked",
     "class_scores",
     "compact_unsure",
-    "compress",
     "dilated_attention",
     "dilated_attention_qkvpacked",
     "dynamic_gate",

@@ -109,7 +109,7 @@ class CompressedConv2d(CompressedLayer, nn.Conv2d):
     ``weight`` and ``bias`` are those of ``torch.nn.Conv2d``, in the state dict too.
 
     Args:
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        args, kwargs: as for ``torch.nn.Conv2d``.
         transforms: :class:`FakeQuantize`, :class:`NMSparse`, :class:`Freeze`.
     """
 

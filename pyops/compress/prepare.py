@@ -193,7 +193,7 @@ def calibrate_(model: nn.Module, *batch: Any, **more: Any) -> Any:
 
     Args:
         model: prepared.
-        *batch, **more: as the model takes them.
+        batch, more: as the model takes them.
 
     Returns:
         The model's output.

@@ -113,7 +113,7 @@ def report(model: nn.Module, *example: Any, **more: Any) -> Report:
 
     Args:
         model: prepared, also in a distributed wrapper or sharded; then every process has to call this.
-        *example, **more: an input as the model takes it, to count multiply-adds with; none leaves these out. The model
+        example, more: an input as the model takes it, to count multiply-adds with; none leaves these out. The model
             runs on it once, in eval mode, without a gradient.
 
     Raises:
