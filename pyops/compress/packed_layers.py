@@ -167,10 +167,9 @@ class _Packed(nn.Module):
         self._prepare()
 
     def prepared_weight(self) -> PreparedWeight:
-        assert self.blocks is not None
-        assert self.sums is not None
-        assert self.full_scale is not None
-        return PreparedWeight(self.blocks, self.sums, self.full_scale, self.full_zero, self.bias, self.shape[1])
+        parts: Any = self._buffers  # a tenth of the time that attributes take, which shows in a batch of one
+        numbers = parts["full_scale"], parts["full_zero"], parts["bias"]
+        return PreparedWeight(parts["blocks"], parts["sums"], *numbers, self.shape[1])
 
     def _prepare(self) -> None:
         """What is not stored: the numbers on the host, and the weight as the kernels read it."""
