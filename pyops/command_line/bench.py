@@ -42,6 +42,7 @@ TYPICAL = ("conv:64x56", "conv:128x28", "conv:256x14", "conv:512x7", "linear:384
 
 
 def add(commands: Any) -> None:
+    """The command's arguments."""
     parser = add_command(commands, "bench", __doc__, run)
     networks.add_model_options(parser, required=False)
     add = parser.add_argument
@@ -54,6 +55,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Measures, prints and writes; returns 1 where a layer's output differs from its counterpart's."""
     if options.model and options.layers:
         options.parser.error("--model and --layers do not go together")
     if options.output:

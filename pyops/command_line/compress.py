@@ -44,6 +44,7 @@ GIGABYTE = 1024**3
 
 
 def add(commands: Any) -> None:
+    """The command's arguments."""
     parser = add_command(commands, "compress", __doc__, run)
     networks.add_model_options(parser, required=True)
     add = parser.add_argument

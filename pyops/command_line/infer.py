@@ -22,6 +22,7 @@ EXTRAS = {"PIL": "pillow", "numpy": "numpy", "safetensors": "safetensors"}
 
 
 def add(commands: Any) -> None:
+    """The command's arguments."""
     parser = add_command(commands, "infer", __doc__, run)
     add = parser.add_argument
     add("artefact", type=Path, help="the model.safetensors that tersor compress wrote")
@@ -33,6 +34,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Prints the classes of every image."""
     need("infer", EXTRAS)
     from tersor.command_line.images import Reading
 

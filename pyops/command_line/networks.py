@@ -39,6 +39,7 @@ def model_option(text: str) -> tuple[str, Any]:
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    """``--model`` and ``--option``."""
     parser.add_argument(
         "--model",
         type=model_source,
@@ -107,6 +108,7 @@ def check_model(model: nn.Module, channels: int, size: int, classes: int | None 
 
 
 def file_digest(path: Path) -> str:
+    """Tells a file from others; raises CommandError where it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:

@@ -46,12 +46,14 @@ Freeze = {}                                  # only with method "lts"; also warm
 
 
 def add(commands: Any) -> None:
+    """The command's arguments."""
     parser = add_command(commands, "recipe", __doc__, run)
     parser.add_argument("--check", type=Path, metavar="FILE", help="a recipe, to be tried on --model")
     networks.add_model_options(parser, required=False)
 
 
 def run(options: argparse.Namespace) -> None:
+    """Prints the example, or what a recipe changes in a model."""
     if (options.check is None) != (options.model is None):
         options.parser.error("--check and --model go together")
     if options.check is None:

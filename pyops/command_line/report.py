@@ -18,11 +18,13 @@ from tersor.command_line.shared import add_command
 
 
 def add(commands: Any) -> None:
+    """The command's arguments."""
     parser = add_command(commands, "report", __doc__, run)
     parser.add_argument("artefact", type=Path, help="a file that tersor compress or tersor.compress.save wrote")
 
 
 def run(options: argparse.Namespace) -> None:
+    """Prints the table of an artefact's layers."""
     found = compress.read(options.artefact)
     model = compress.load(options.artefact)
     example: tuple[torch.Tensor, ...] = ()

@@ -60,6 +60,8 @@ def make_output(parser: argparse.ArgumentParser, output: Path) -> None:
 
 
 def between(low: int, high: int) -> Any:
+    """For argparse: a whole number of that range."""
+
     def whole_number(text: str) -> int:
         try:
             value = int(text)
@@ -73,6 +75,7 @@ def between(low: int, high: int) -> Any:
 
 
 def folder(text: str) -> Path:
+    """For argparse: a folder, which need not be there yet."""
     path = Path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a file, not a folder")
@@ -80,6 +83,7 @@ def folder(text: str) -> Path:
 
 
 def device(text: str) -> str:
+    """For argparse: a device that torch has here."""
     try:
         found = torch.device(text)
     except RuntimeError:

@@ -214,7 +214,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         model = _converted(model, found)
         _check_dtypes(model, found.tensors)
         model.load_state_dict(found.tensors)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ArtefactError(f"{where}: does not fit {kind}: {error}") from None
     return model.eval()
 

@@ -19,12 +19,16 @@ from tersor.quantization.quantized_conv2d import MOST_TERMS
 
 
 class Place(NamedTuple):
+    """A layer, and what it becomes."""
+
     name: str
     module: nn.Module
     transforms: tuple[Transform, ...]
 
 
 class Matches(NamedTuple):
+    """What a recipe changes in a model, and why it leaves other layers that its rules match."""
+
     places: list[Place]
     skipped: dict[str, str]
 
@@ -69,6 +73,7 @@ def _rule_for(recipe: Recipe, name: str, module: nn.Module) -> Rule | None:
 
 
 def is_attention(transforms: tuple[Transform, ...]) -> bool:
+    """Whether they replace attention rather than a layer with a weight."""
     return isinstance(transforms[0], WindowAttentionByIndex)
 
 

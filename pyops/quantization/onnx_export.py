@@ -24,8 +24,8 @@ REASONS = {  # by what an operator's name has in it, the first that fits
     "pack": _PACKED,
     "quantized_conv2d": _PACKED,
     "nm_matmul": _PACKED,
-    "binary": "it has no product of signs, and in floats a binary layer would be slower than the dense one",
-    "recu": "as for all binary layers, which would be slower in floats than the dense ones",
+    "binary": "it has no product of signs, and in floats a binary layer saves nothing",
+    "recu": "as for all binary layers, which save nothing in floats",
 }
 
 
