@@ -362,9 +362,9 @@ static void put_block(const Task& task, const Unit& unit, const Quantizer& q, in
   }
 }
 
-// What a tile holds of one row of the output: from position `start` of the tile on, at `place` of a channel.
+// What a tile holds of row y of the output: from position `start` of the tile and column x on.
 struct Segment {
-  int64_t start, count, place;
+  int64_t start, count, y, x;
 };
 
 // All of a tile for the channels of one block, whose rows lie along the output: numbers first, over the columns between
@@ -382,7 +382,7 @@ static void put_rows(const Task& task, const Unit& unit, int64_t group, int64_t 
     const float* const none = nullptr;
     put_row(space.tile + o * TILE, sums, nullptr, factor, constant, zero, bias, none, false, count, space.values);
     for (int s = 0; s < rows; ++s) {
-      const int64_t at = image + o * task.output_c + segments[s].place;
+      const int64_t at = image + o * task.output_c + segments[s].y * task.output_h + segments[s].x;
       T* const output = static_cast<T*>(task.output) + at;
       const T* const residual = task.residual ? static_cast<const T*>(task.residual) + at : nullptr;
       for (int64_t x = 0; x < segments[s].count; x += LANES) {
@@ -415,32 +415,25 @@ static void do_tile(const Task& task, const Unit& unit, const Quantizer& q, int6
   }
   const bool with_sums = task.weight_zero || any_nan(space.tile_sums, count);
   const int64_t last_row = unit.last_row - unit.first_row - 1;
-  const bool whole = task.flat && task.output_w == 1 && q.excess == 0;
   Segment segments[TILE];
   int rows = 0;
-  for (int64_t i = 0; whole && i < count;) {
-    const int64_t row = (start + i) / task.pitch, x = (start + i) % task.pitch;
-    const int64_t wide = std::min(count - i, task.out_width - x);
+  for (int64_t i = 0; i < count;) {
+    const int64_t row = task.flat ? (start + i) / task.pitch : line;
+    const int64_t x = task.flat ? (start + i) % task.pitch : start + i;
     if (row > last_row) break;
-    if (wide > 0) segments[rows++] = {i, wide, (unit.first_row + row) * task.output_h + x};
-    i += std::min(count - i, task.pitch - x);
+    const int64_t wide = std::min(count - i, task.out_width - x);
+    if (wide > 0) segments[rows++] = {i, wide, unit.first_row + row, x};
+    i += task.flat ? std::min(count - i, task.pitch - x) : count;
   }
+  const float* const sums = with_sums ? space.tile_sums : nullptr;
+  const bool whole = task.flat && task.output_w == 1 && q.excess == 0;
   for (int64_t b = unit.first_block(task, group); b < unit.last_block(task, group); ++b) {
     task.multiply(task, space.codes + line * task.row_step + start, task.packed_block(group, b), vectors, space.tile);
-    if (whole) {
-      put_rows<T>(task, unit, group, b, segments, rows, count, with_sums ? space.tile_sums : nullptr, space);
-      continue;
-    }
-    for (int64_t i = 0; i < count;) {
-      const int64_t row = task.flat ? (start + i) / task.pitch : line;
-      const int64_t x = task.flat ? (start + i) % task.pitch : start + i;
-      if (row > last_row) break;
-      const int64_t wide = std::min(count - i, task.out_width - x);
-      if (wide > 0) {
-        put_block<T>(task, unit, q, group, b, unit.first_row + row, x, wide, space.tile + i,
-                     with_sums ? space.tile_sums + i : nullptr, space);
-      }
-      i += task.flat ? std::min(count - i, task.pitch - x) : count;
+    if (whole) put_rows<T>(task, unit, group, b, segments, rows, count, sums, space);
+    for (int r = 0; !whole && r < rows; ++r) {
+      const Segment& s = segments[r];
+      put_block<T>(task, unit, q, group, b, s.y, s.x, s.count, space.tile + s.start, sums ? sums + s.start : nullptr,
+                   space);
     }
   }
 }
