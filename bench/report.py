@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -219,43 +220,55 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _in_readme(group: dict[str, Any]) -> bool:
-    """Of what is measured with many shares frozen, the plain ones; ``crossover.png`` shows all."""
-    frozen = "frozen" in group["operator"]
-    return not frozen or any(group["size"].endswith(each) for each in ("none_0", "tile_50", "tile_75", "channel_50"))
-
-
 def readme_table(folders: list[Path]) -> str:
-    """The README's results: per machine one row per group, the best rival named."""
-    parts = []
+    """The README's results: per machine one row per operator and direction, over all sizes of all its folders."""
+    machines: dict[str, list[Path]] = {}
     for folder in folders:
-        results = load(folder)
-        rows = []
-        for name, group in results["groups"].items():
-            timed = {m["impl"]: m for m in results["measurements"] if m["group"] == name}
-            if _OURS in timed and group["operator"] != "dispatch" and _in_readme(group):
-                rows.append(_readme_row(name, timed))
-        if rows:
-            link = f"bench/results/{folder.name}/table.md"
-            date = results["machine"]["date"].split()[0]
-            parts += [
-                f"**{machine_name(results)}**, torch {results['machine']['torch']}, {date} ([all figures]({link})):"
-            ]
-            header = ["benchmark", _OURS, "share of copy bandwidth", "eager", "torch.compile", "best other"]
-            parts += ["", *_rows(header, rows), ""]
+        machines.setdefault(machine_name(load(folder)), []).append(folder)
+    parts = [line for name, found in machines.items() for line in _machine_table(name, found)]
     return "\n".join(parts).rstrip() or "No results have been committed yet."
 
 
-def _readme_row(name: str, timed: dict[str, Any]) -> list[str]:
-    own = timed[_OURS]
-    cells = [f"`{name}`", seconds(own["median"]), f"{own['share_of_copy']:.0%}" if "share_of_copy" in own else ""]
-    others = {n: m["median"] for n, m in timed.items() if not m["ours"] and n != "eager"}
-    compiled = [median for n, median in others.items() if n.startswith("compiled")]
-    peers = {n: median for n, median in others.items() if not n.startswith("compiled")}
-    cells.append(f"{times(timed['eager']['times_tersor'])} slower" if "eager" in timed else "")
-    cells.append(f"{times(min(compiled) / own['median'])} slower" if compiled else "")
-    best = min(peers, key=peers.__getitem__, default=None)
-    return [*cells, f"{best}: {times(peers[best] / own['median'])} slower" if best else ""]
+def _machine_table(name: str, folders: list[Path]) -> list[str]:
+    sizes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    links = []
+    for folder in folders:
+        results = load(folder)
+        day, commit = results["machine"]["date"].split()[0], results["machine"]["commit"]
+        link = f"[{folder.name}](bench/results/{folder.name}/table.md)"
+        links.append(f"- {link}, torch {results['machine']['torch']}, {day}, commit {commit}")
+        for group_name, group in results["groups"].items():
+            timed = {m["impl"]: m for m in results["measurements"] if m["group"] == group_name}
+            if _OURS in timed and group["operator"] != "dispatch":
+                row = tuple(group[key] for key in ("operator", "direction", "dtype"))
+                sizes.setdefault(row, []).append(timed)
+    if not sizes:
+        return []
+    header = ["operator", "direction", "dtype", "sizes", "of copy bandwidth", "eager", "torch.compile", "best other"]
+    rows = [[f"`{row[0]}`", *row[1:], *_readme_cells(timed)] for row, timed in sizes.items()]
+    return [f"**{name}**", "", *_rows(header, rows), "", "All figures and targets:", "", *links, ""]
+
+
+def _readme_cells(sizes: list[dict[str, Any]]) -> list[str]:
+    """The number of sizes, and what the fastest of each kind of rival took there, as multiples of our time."""
+    shares = [timed[_OURS]["share_of_copy"] for timed in sizes if "share_of_copy" in timed[_OURS]]
+    eager, compiled, other, names = [], [], [], {}
+    for timed in sizes:
+        rivals = {n: m["median"] / timed[_OURS]["median"] for n, m in timed.items() if not m["ours"]}
+        eager += [rivals.pop("eager")] if "eager" in rivals else []
+        of_compile = [rivals.pop(n) for n in list(rivals) if n.startswith("compiled")]
+        compiled += [min(of_compile)] if of_compile else []
+        if rivals:
+            best = min(rivals, key=rivals.__getitem__)
+            other.append(rivals[best])
+            names[best] = None
+    best_other = f"{', '.join(names)}: {_range(other, times)}" if other else ""
+    return [str(len(sizes)), _range(shares, "{:.0%}".format), _range(eager, times), _range(compiled, times), best_other]
+
+
+def _range(values: list[float], show: Callable[[float], str]) -> str:
+    ends = list(dict.fromkeys(show(each) for each in (min(values), max(values)))) if values else []
+    return " to ".join(ends)
 
 
 def readme(path: Path, results: Path, check: bool) -> int:
