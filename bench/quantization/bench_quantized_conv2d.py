@@ -69,7 +69,7 @@ def plain(size):
 
 IMPLEMENTATIONS = [
     Implementation("tersor", packed(True), ours=True, note="asymmetric weights, as DDTB's"),
-    Implementation("symmetric", packed(False), compared=False, note="symmetric weights: no sum of the codes"),
+    Implementation("symmetric", packed(False), ours=True, compared=False, note="symmetric weights: no sum of the codes"),
     Implementation("fake_quantized", fake_quantized, note="tersor's quantiser, then torch's float convolution"),
     Implementation("float", plain, compared=False, note="torch's float32 convolution of the input as it is"),
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor._checks import as_int
-from tersor.quantization.onnx_levels import LEVELS, IntegerType, Levels, integer_type
+from tersor.quantization.onnx_levels import LEVELS, IntegerType, Levels, integer_type, scaled_signs
+from tersor.quantization.onnx_signs import express_signs, sources_of_signs, store_derived
 
 OPSET = 21  # the first with 4- and 16-bit types
 LEAST_OPSET = 18  # torch translates to no lower one
@@ -24,8 +25,6 @@ REASONS = {  # by what an operator's name has in it, the first that fits
     "pack": _PACKED,
     "quantized_conv2d": _PACKED,
     "nm_matmul": _PACKED,
-    "binary": "it has no product of signs, and in floats a binary layer saves nothing",
-    "recu": "as for all binary layers, which save nothing in floats",
 }
 
 
@@ -61,14 +60,16 @@ def export_onnx(
     Of a model that :func:`tersor.compress.prepare_` made, export before ``convert_``. N:M sparse weights have their
     zeros among the whole numbers, or without a quantiser among floats. The levels of ``method="lts"``, between which 0
     is not one, are odd multiples of half their distance, which from 4 bits on take 8; within 2^-21 of the greatest.
+    A binary layer becomes ``Sign``, and a convolution in floats with stored signs of its weight, 8 or 4 bits each: the
+    file is as small as that, but no runtime counts bits.
 
-    What cannot be said so is refused: packed and binary layers; bounds that depend on the input (a dynamic gate) or lie
+    What cannot be said so is refused: packed layers; bounds that depend on the input (a dynamic gate) or lie
     along the batch; levels that do not fit 8 bits, as those far from 0 and the 257 that ``bits=8`` has where s lower is
     a whole number and a half (as for lower = -upper); the rule ``"unit"``; any dtype but float32.
 
     Args:
-        model: in eval mode; any module that ``torch.export`` takes, with at least one quantiser or N:M sparse
-            weight in use.
+        model: in eval mode; any module that ``torch.export`` takes, with at least one quantiser, N:M sparse or
+            binary weight in use.
         inputs: example input, or a tuple of them.
         path: of the file.
         dynamic_shapes: as for ``torch.onnx.export``, such as ``({0: "batch", 2: "height", 3: "width"},)``; sizes that
@@ -106,7 +107,7 @@ def export_onnx(
             program, (4, *wide) if int4 else wide, wide, _Writer(onnxscript.values.Opset("", opset_version), onnx_ir)
         )
 
-    def translate(input: Any, index: int) -> Any:
+    def translate(input: Any, index: int, shape: Any = None) -> Any:
         return emitters[index](input)
 
     exported = torch.onnx.export(
@@ -197,9 +198,9 @@ class _Writer:
 
         return emit
 
-    def float_emitter(self, layer: str, values: Tensor) -> Callable[[Any], Any]:
+    def float_emitter(self, name: str, values: Tensor) -> Callable[[Any], Any]:
         """Of a constant that no integers express."""
-        return lambda _: self.constant(f"{layer}.weight", values)
+        return lambda _: self.constant(name, values)
 
     def _clip(self, x: Any, layer: str, levels: Levels, kind: IntegerType) -> Any:
         # At the outermost levels themselves, half a step from where rounding decides; the bounds may lie on a tie.
@@ -215,10 +216,14 @@ class _Writer:
 # The exported program: constants found, quantisers replaced by a mark that the exporter is told how to translate.
 
 _LIBRARY = torch.library.Library("tersor_onnx", "DEF")
-_LIBRARY.define("quantize(Tensor input, int index) -> Tensor")
-_LIBRARY.impl("quantize", lambda input, index: input.clone(), "CompositeExplicitAutograd")
-torch.library.register_fake("tersor_onnx::quantize", lambda input, index: torch.empty_like(input), lib=_LIBRARY)
+_LIBRARY.define("quantize(Tensor input, int index, int[]? shape=None) -> Tensor")  # shape: of a constant made of input
+_LIBRARY.impl("quantize", lambda *args: _like(*args).clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("tersor_onnx::quantize", lambda *args: torch.empty_like(_like(*args)), lib=_LIBRARY)
 _quantize = torch.ops.tersor_onnx.quantize.default
+
+
+def _like(input: Tensor, index: int, shape: Sequence[int] | None = None) -> Tensor:
+    return input if shape is None else input.new_zeros(shape)
 
 
 class _DependsOnInput(Exception):  # noqa: N818  (an answer, not an error)
@@ -270,7 +275,9 @@ def _replace_quantizers(
     """Puts a mark in the place of every quantiser and sparse weight; returns what writes each one's nodes."""
     constants, graph = _Constants(program), program.graph
     emitters: list[Callable[[Any], Any]] = []
+    express_signs(graph, constants.has)
     graph.eliminate_dead_code()
+    binary = sources_of_signs(graph)
     found = [node for node in graph.nodes if _operator_name(node) in {*LEVELS, *SPARSIFIERS}]
     if not found:
         _refuse_others(graph)
@@ -293,6 +300,12 @@ def _replace_quantizers(
         except (ValueError, RuntimeError) as error:  # the kernels' own refusals of a weight are RuntimeErrors
             raise ValueError(f"export_onnx: {_layer(node)}: {error}") from None
         _replace(graph, node, outputs)
+
+    def store(node: torch.fx.Node) -> torch.fx.Node:
+        emitters.append(writer.float_emitter(f"{_layer(node)}.scale", constants.of(node)))
+        return _mark(graph, node, node, len(emitters) - 1)
+
+    store_derived(graph, binary, lambda node: node.target is not _quantize and constants.has(node), store)
     graph.eliminate_dead_code()
     _refuse_others(graph)
     return emitters
@@ -318,26 +331,35 @@ def _store(
             zero = torch.zeros_like(levels.lowest)
             lowest, highest = torch.minimum(levels.lowest, zero), torch.maximum(levels.highest, zero)
             levels = dataclasses.replace(levels, lowest=lowest, highest=highest)
-        kind = integer_type(levels, widths, signed=True)
         for place in reversed(range(quantizer, last + 1)):
-            if (codes := _codes(constants.of(chain[place]), levels, kind)) is not None:
-                emitter, last = writer.emitter(_layer(chain[quantizer]), levels, kind, codes), place
+            values = _first(constants.of(chain[place]))
+            found = scaled_signs(values) if names[quantizer] == "binary_sign_forward" else levels
+            kind = integer_type(found, widths, signed=True)
+            if (codes := _codes(values, found, kind)) is not None:
+                emitter, last = writer.emitter(_layer(chain[quantizer]), found, kind, codes), place
                 break
-    values = constants.of(chain[last])
-    emitters.append(emitter or writer.float_emitter(_layer(node), values[0] if isinstance(values, tuple) else values))
-    end, source = chain[last], node
+    values = _first(constants.of(chain[last]))
+    emitters.append(emitter or writer.float_emitter(f"{_layer(node)}.weight", values))
+    end = chain[last]
     if isinstance(end.meta["val"], (tuple, list)):
         end = next(user for user in end.users if user.target is operator.getitem and user.args[1] == 0)
-    while source.op != "placeholder":
-        source = next(each for each in source.all_input_nodes)
-    with graph.inserting_after(end):
-        mark = graph.call_function(_quantize, (source, len(emitters) - 1))
-    mark.meta = {**end.meta}
+    mark = _mark(graph, node, end, len(emitters) - 1)
     end.replace_all_uses_with(mark)
     for each in reversed([*chain[: last + 1], end] if end not in chain[: last + 1] else chain[: last + 1]):
         if not each.users and each in graph.nodes:  # by hand: what changes its arguments is never dead code
             graph.erase_node(each)
     return set(chain)
+
+
+def _mark(graph: torch.fx.Graph, node: torch.fx.Node, end: torch.fx.Node, index: int) -> torch.fx.Node:
+    """In the place of the constant ``end``, made of ``node``; the mark's own input is any that exists, and not read."""
+    source = node
+    while source.op != "placeholder":
+        source = next(each for each in source.all_input_nodes)
+    with graph.inserting_after(end):
+        mark = graph.call_function(_quantize, (source, index, list(end.meta["val"].shape)))
+    mark.meta = {**end.meta}
+    return mark
 
 
 def _chain(node: torch.fx.Node, constants: _Constants) -> list[torch.fx.Node]:
@@ -400,9 +422,12 @@ def _levels(node: torch.fx.Node, constants: _Constants) -> list[tuple[torch.fx.N
     return [(source, dataclasses.replace(one, axis=axis)) for source, one in zip(sources, each, strict=True)]
 
 
-def _codes(values: Any, levels: Levels, kind: IntegerType) -> Tensor | None:
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _codes(values: Tensor, levels: Levels, kind: IntegerType) -> Tensor | None:
     """Of an operator's output for a constant input; None if it is not on the levels but for last bits."""
-    values = values[0] if isinstance(values, tuple) else values
     offset = 0 if levels.offset is None else levels.offset
     steps = torch.round((values - offset) / levels.step)
     error = (steps * levels.step + offset - values).abs()

@@ -100,6 +100,20 @@ def _lts_quantize(lower: Tensor, upper: Tensor, *, bits: int, **_: Any) -> Level
     return Levels((upper - lower) / 2 / levels, -levels, levels)
 
 
+def _binary_sign(**_: Any) -> Levels:
+    return scaled_signs(torch.ones(1))
+
+
+def scaled_signs(values: Tensor) -> Levels:
+    """Of a binary weight, of which every output channel may be multiplied by a number."""
+    magnitudes = values.abs()
+    step = magnitudes.flatten(1).amax(1) if values.dim() > 1 else magnitudes
+    alike = bool((step == step[0]).all())
+    step = step[0] if alike else step.view(-1, *(1,) * (values.dim() - 1))
+    step = torch.where(step > 0, step, 1)
+    return Levels(step, -torch.ones_like(step), torch.ones_like(step), axis=None if alike else 0)
+
+
 def _from_zero(step: Tensor, levels: int) -> Levels:
     return Levels(step, torch.zeros_like(step), torch.full_like(step, levels))
 
@@ -107,6 +121,7 @@ def _from_zero(step: Tensor, levels: int) -> Levels:
 LEVELS: dict[str, Callable[..., Levels | tuple[Levels, ...]]] = {
     f"{function.__name__[1:]}_forward": function
     for function in (
+        _binary_sign,
         _fake_quantize_add,
         _fake_quantize_affine,
         _fake_quantize_bounds,

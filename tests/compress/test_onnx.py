@@ -13,6 +13,8 @@ from subject import in_ci
 from torch import Tensor, nn
 
 from tersor import compress
+from tersor.binary import BinaryConv2d, BinaryLinear, ReCUConv2d
+from tersor.binary.layers import BinaryLayer
 from tersor.compress import FakeQuantize, NMSparse
 from tersor.compress.layers import CompressedLayer
 from tersor.quantization.onnx_export import export_onnx
@@ -96,6 +98,56 @@ def test_weights_are_stored_as_integers_wherever_they_are_quantised(exported: tu
         assert kind != "float" or values.ndim < 2 or not quantized or ends, f"{key} is a float weight"
 
 
+@pytest.mark.parametrize("method", ["recu", "reste", "ste"])
+def test_binary_layers_are_signs_and_convolutions(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path = prepared("resnet", method), tmp_path / "model.onnx"
+    for _ in range(STEPS):
+        compress.step(model)
+    layers = {name: layer for name, layer in model.eval().named_modules() if isinstance(layer, BinaryLayer)}
+    assert len(layers) > 3
+    with torch.no_grad():
+        next(iter(layers.values())).weight[0, 0, 0, 0] = 0  # stays one of three values, but for ReCU's, which moves it
+    export_onnx(model, images(4), path, dynamic_shapes=({0: "batch"},))
+    onnx.checker.check_model(path, full_check=True)
+    with torch.no_grad():
+        expected = model(images(32, 1))
+    error = ((run(path, images(32, 1))[0] - expected).abs().amax(1) / expected.abs().max()).sort().values
+    assert error.median() < 2e-6  # last bits, but where a value beside 0 goes to the other side
+    assert error.max() < 0.3
+    tensors = stored(path)
+    for name, layer in layers.items():
+        ((kind, codes),) = [each for key, each in tensors.items() if key.startswith(name + ".") and ".codes" in key]
+        with torch.no_grad():
+            assert torch.tensor(codes.astype("float32")).equal(layer.binary_weight().sign()), name
+        assert kind == "int4"
+        shapes = [
+            values.size for key, (kind, values) in tensors.items() if key.startswith(name + ".") and kind == "float"
+        ]
+        assert max(shapes, default=1) <= codes.shape[0], f"{name} has floats of its weight in the file"
+
+
+def test_binary_layers_of_every_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers: list[tuple[nn.Module, Tensor]] = [
+        (BinaryConv2d(6, 8, 3, stride=2, padding=1, groups=2), torch.randn(2, 6, 9, 7)),
+        (BinaryConv2d(6, 8, 3, estimator=None, weight_estimator="ste", scale="channel"), torch.randn(2, 6, 9, 7)),
+        (BinaryConv2d(6, 8, (3, 1), dilation=2, bias=False, scale=None), torch.randn(2, 6, 9, 7)),
+        (ReCUConv2d(6, 8, 3, padding=1), torch.randn(2, 6, 9, 7)),
+        (BinaryLinear(12, 8), torch.randn(2, 5, 12)),
+        (BinaryLinear(12, 8, estimator=None, weight_estimator="approx"), torch.randn(2, 5, 12)),
+    ]
+    for i, (layer, x) in enumerate(layers):
+        x.flatten()[::7] = 0  # whose sign is 0
+        export_onnx(layer.eval(), x, tmp_path / f"{i}.onnx")
+        with torch.no_grad():
+            expected = layer(x)
+        torch.testing.assert_close(run(tmp_path / f"{i}.onnx", x)[0], expected, rtol=1e-6, atol=1e-6, msg=str(layer))
+        kinds = {key: (kind, values.size) for key, (kind, values) in stored(tmp_path / f"{i}.onnx").items()}
+        assert ("int4", layer.weight.numel()) in kinds.values()
+        assert all(kind != "float" or size <= 8 for kind, size in kinds.values()), kinds
+
+
 class Refused(nn.Sequential):
     def __init__(self, transforms: Any) -> None:
         super().__init__(nn.Conv2d(4, 4, 3))
@@ -106,10 +158,7 @@ class Refused(nn.Sequential):
 
 def test_what_is_refused(tmp_path: Path) -> None:
     x, path = torch.randn(2, 4, 5, 5), tmp_path / "model.onnx"
-    for method in ("recu", "reste", "ste"):
-        with pytest.raises(ValueError, match=r"export_onnx: 0: .* not expressible in ONNX: it has no product of signs"):
-            export_onnx(Refused([compress.Binarize(method)]), x, path)
-    for transforms in ([FakeQuantize(4)], [NMSparse(2, 4, method="srste")]):
+    for transforms in ([FakeQuantize(4)], [NMSparse(2, 4, method="srste")], [compress.Binarize("recu")]):
         model = compress.convert_(Refused(transforms))
         with pytest.raises(ValueError, match=r"must not be converted yet.*before tersor\.compress\.convert_"):
             export_onnx(model, x, path)
