@@ -29,7 +29,7 @@ bench: .venv/native
 	$(PY) bench/run.py
 
 # The site, into build/docs; a warning is an error. The build itself needs no network.
-docs: .venv/docs .venv/native
+docs: .venv/native
 	rm -rf build/docs
 	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
@@ -62,11 +62,6 @@ clean:
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch setuptools wheel pybind11
 	TERSOR_NATIVE=0 $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
-	touch $@
-
-# The package is there already, so that only what its extra asks for is installed.
-.venv/docs: .venv/ready
-	$(PY) -m pip install -q -c constraints.txt "tersor[docs]"
 	touch $@
 
 .venv/native: .venv/ready $(SOURCES)

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from subject import in_ci
 
 import tersor
 from tersor.models.eager_attention import window_attention_partition
@@ -234,3 +236,13 @@ def test_every_public_name_has_a_docstring() -> None:
     subjects = {full: resolve(full) for full in api_pages().homes()}
     without = [full for full, subject in subjects.items() if callable(subject) and not inspect.getdoc(subject)]
     assert not without
+
+
+@pytest.mark.timeout(600)
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    if not in_ci() and importlib.util.find_spec("sphinx") is None:
+        pytest.skip('needs sphinx: pip install "tersor[docs]"')
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", DOCS, "-d", tmp_path / "doctrees"]
+    made = subprocess.run([*command, ROOT, tmp_path / "site"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "tersor" in (tmp_path / "site" / "docs" / "index.html").read_text()
