@@ -1,9 +1,11 @@
 """Convolution in whole numbers on 64-channel 3x3 layers, against float32: with 8-bit and 4-bit weights.
 
 The integer convolution quantises its float input on the fly and gives float output. `float` is the plain convolution
-of the float input; `fake_quantized` quantises the input and convolves in float, as the model does in training.
+of the float input; `fake_quantized` quantises the input and convolves in float, as the model does in training;
+`torch_quantized` is torch's own integer convolution, whose output is rounded to 8 bits once more.
 """
 
+import integer_peers
 import settings
 import torch
 import torch.nn.functional as F
@@ -67,11 +69,25 @@ def plain(size):
     return lambda x: F.conv2d(x, w, padding=1)
 
 
+def torch_quantized(size):
+    codes, scale, _ = weight(torch.device("cpu"), False)
+    return integer_peers.conv2d(codes, scale, LOWER, UPPER, padding=1, output_range=4.0)
+
+
 IMPLEMENTATIONS = [
     Implementation("tersor", packed(True), ours=True, note="asymmetric weights, as DDTB's"),
-    Implementation("symmetric", packed(False), ours=True, compared=False, note="symmetric weights: no sum of the codes"),
+    Implementation(
+        "symmetric", packed(False), ours=True, compared=False, note="symmetric weights: no sum of the codes"
+    ),
     Implementation("fake_quantized", fake_quantized, note="tersor's quantiser, then torch's float convolution"),
     Implementation("float", plain, compared=False, note="torch's float32 convolution of the input as it is"),
+    Implementation(
+        "torch_quantized",
+        torch_quantized,
+        compared=False,
+        note="quantize_per_tensor, torch.ops.quantized.conv2d with symmetric weights, dequantize",
+        unavailable=integer_peers.unavailable,
+    ),
 ]
 
 SUITE = Suite(
