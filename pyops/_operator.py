@@ -53,6 +53,12 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
+    def inference(self, *args: Any) -> Any:
+        """:meth:`without_gradient`, but for arguments that ask for one: then autograd says that there is none."""
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            return self.overload(*args)
+        return self.without_gradient(*args)
+
 
 def operator(
     schema: str,

@@ -85,7 +85,7 @@ SUITE = Suite(
     make_inputs=make_inputs,
     reference=fake_quantized,
     implementations=IMPLEMENTATIONS,
-    operators=["quantized_conv2d"],
+    operators=["quantized_linear"],
     targets=[Target(f"quantized_linear/{size}/float32/forward", "float", 1) for size in SIZES],
 )
 

@@ -5,16 +5,14 @@
 // is a shifted load, the weights are broadcast, and the result is written along a row of the output. Sums are whole
 // numbers and each result is computed by one unit: the same bits for any number of threads.
 
+#include "quantization/quantized_input_kernels.h"
+
 namespace tersor::quantized_conv2d {
 namespace TERSOR_ISA {
-using namespace tersor::TERSOR_ISA;
-using Ints = Simd<float>::Mask;
+using namespace tersor::quantized::TERSOR_ISA;
 
-constexpr int LANES = Simd<float>::lanes;
 constexpr int VECTORS = TERSOR_ISA_LEVEL == 2 ? 3 : 1;  // of positions: 24 sums in 32 registers, 8 in 16
 constexpr int TILE = VECTORS * LANES;                   // most positions of a tile
-constexpr float MAGIC = 12582912.0f;                    // 1.5 * 2^23: adding it rounds to whole numbers, ties to even
-constexpr int32_t MAGIC_BITS = 0x4b400000;
 
 // One thread's memory. A line is a row of the padded image before its columns are sorted by their phase.
 struct Workspace {
@@ -40,15 +38,6 @@ static int64_t scratch(const Task& task) {
 }
 
 // ---- The input's codes ----
-
-// s x - z, within the levels and rounded as in fake_quantize_bounds: each of its steps is monotone, so that to clip
-// this between what the bounds become is to clip x. NaN stays NaN; what it has for a code does not matter.
-TERSOR_INLINE Vec<float> rounded(Vec<float> x, const Quantizer& q) {
-  Vec<float> v = x * q.scale - q.zero;
-  v = q.least > v ? splat(q.least) : v;
-  v = q.greatest < v ? splat(q.greatest) : v;
-  return v + MAGIC;
-}
 
 // `count` neighbouring positions of `channels` planes, to words; the codes' sum over the channels is added to `sums`.
 template <int PER_WORD, class T>
@@ -259,29 +248,6 @@ TERSOR_VNNI static void multiply_bytes(const Task& task, const int32_t* codes, c
 #endif
 
 // ---- From sums of products to the output ----
-
-TERSOR_INLINE Vec<float> join(Vec<double> low, Vec<double> high) {
-#if TERSOR_ISA_LEVEL == 2
-  const __m512 first = _mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)low));
-  return (Vec<float>)_mm512_insertf32x8(first, _mm512_cvtpd_ps((__m512d)high), 1);
-#elif TERSOR_ISA_LEVEL == 1
-  return (Vec<float>)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)high), _mm256_cvtpd_ps((__m256d)low));
-#else
-  Vec<float> v;
-  for (int i = 0; i < LANES / 2; ++i) {
-    v[i] = static_cast<float>(low[i]), v[i + LANES / 2] = static_cast<float>(high[i]);
-  }
-  return v;
-#endif
-}
-
-template <class N>
-TERSOR_INLINE Vec<double> to_double(const N* p) {
-  typedef N Few __attribute__((vector_size(LANES / 2 * sizeof(N))));
-  Few few;
-  __builtin_memcpy(&few, p, sizeof few);
-  return __builtin_convertvector(few, Vec<double>);
-}
 
 // factor (sums of products + constant + zero * sums of codes - outside) + bias; float64 holds all but the end exactly.
 // Then the residual is added, and what is negative becomes 0. `sums`, `outside` and `residual` may be missing.

@@ -24,6 +24,7 @@ REASONS = {  # by what an operator's name has in it, the first that fits
     "binary_packed": _PACKED,
     "pack": _PACKED,
     "quantized_conv2d": _PACKED,
+    "quantized_linear": _PACKED,
     "nm_matmul": _PACKED,
 }
 

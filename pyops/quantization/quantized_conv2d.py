@@ -172,12 +172,16 @@ def convolve(
     numbers = (lower, upper, weight.bias, residual, bits)
     switches = (bool(relu), bool(output_relu), channels_last)
     try:
-        return _quantized_conv2d.overload(input, *weight[:3], weight.zero, *numbers, *window, *switches)
+        return _quantized_conv2d.inference(input, *weight[:3], weight.zero, *numbers, *window, *switches)
     except RuntimeError:
-        # The C++ kernel refuses such bounds; here is said which.
-        if input.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_bounds(lower, upper, name)
+        explain_bounds(name, input, lower, upper)
         raise
+
+
+def explain_bounds(name: str, input: Tensor, lower: Tensor, upper: Tensor) -> None:
+    """The C++ kernels refuse bounds that are none; here is said which."""
+    if input.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_bounds(lower, upper, name)
 
 
 def _checked_residual(name: str, residual: Any, input: Tensor, shape: Sequence[int]) -> Tensor:
@@ -196,9 +200,7 @@ def _check_input(
     name: str, input: Tensor, weight: PreparedWeight, lower: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The bounds in float32."""
-    check_floating(name, input=input, lower=lower, upper=upper)
-    if input.dtype not in DTYPES:
-        raise TypeError(f"{name}: input must be float16, bfloat16 or float32, got {input.dtype}")
+    check_quantized_input(name, input, weight, lower, upper)
     channels = weight.blocks.shape[0] * weight.channels
     if input.dim() != 4 or input.shape[1] != channels:
         raise ValueError(f"{name}: input must be (N, {channels}, H, W) for this weight, got shape {tuple(input.shape)}")
@@ -208,10 +210,17 @@ def _check_input(
                 f"{name}: {argument} must have one element or shape ({input.shape[0]}, 1, 1, 1), "
                 f"got shape {tuple(bound.shape)}"
             )
+    return lower.float(), upper.float()
+
+
+def check_quantized_input(name: str, input: Tensor, weight: PreparedWeight, lower: Tensor, upper: Tensor) -> None:
+    """Types and devices."""
+    check_floating(name, input=input, lower=lower, upper=upper)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"{name}: input must be float16, bfloat16 or float32, got {input.dtype}")
     for argument, tensor in (("weight", weight.blocks), ("lower", lower), ("upper", upper)):
         if tensor.device != input.device:
             raise ValueError(f"{name}: {argument} must be on the device of input {input.device}, got {tensor.device}")
-    return lower.float(), upper.float()
 
 
 def _reference(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 from torch import Tensor
 
-from tersor._checks import check_floating
-from tersor.quantization.quantized_conv2d import PreparedWeight, convolve, prepare_weight
+from tersor._batching import one_by_one
+from tersor._operator import operator
+from tersor.quantization._quantizer import check_bits
+from tersor.quantization.quantized_conv2d import (
+    PreparedWeight,
+    check_quantized_input,
+    explain_bounds,
+    prepare_weight,
+)
+from tersor.quantization.quantized_conv2d import _reference as convolve_exactly
 
 
 def quantized_linear(
@@ -49,25 +57,61 @@ def multiply(
     name: str, input: Tensor, weight: PreparedWeight, lower: Tensor, upper: Tensor, bits: int, *, relu: bool = False
 ) -> Tensor:
     """:func:`quantized_linear` with a prepared weight; ``name`` is for errors."""
-    check_floating(name, input=input, lower=lower, upper=upper)
+    check_quantized_input(name, input, weight, lower, upper)
     if not input.dim() or input.shape[-1] != weight.channels:
         raise ValueError(f"{name}: input must be (..., {weight.channels}), got shape {tuple(input.shape)}")
-    samples = 1
+    per_sample = (input.shape[0], *[1] * (input.dim() - 1)) if input.dim() > 1 else (1,)
     for argument, bound in (("lower", lower), ("upper", upper)):
-        if bound.numel() == 1:
-            continue
-        samples = bound.numel()
-        if input.dim() < 2 or tuple(bound.shape) != (input.shape[0], *[1] * (input.dim() - 1)):
+        if bound.numel() != 1 and tuple(bound.shape) != per_sample:
             raise ValueError(
                 f"{name}: {argument} must have one element or one per sample (N, 1, ..., 1) for input "
                 f"{tuple(input.shape)}, got shape {tuple(bound.shape)}"
             )
-    rows = math.prod(input.shape[:-1])
-    if not rows:
-        return input.new_empty((*input.shape[:-1], weight.sums.shape[0]))
-    # A row is a position of an image one line high: the kernel takes several positions of a line at once.
-    points = input.reshape(samples, rows // samples, weight.channels).permute(0, 2, 1).unsqueeze(2)
-    lower, upper = (b if b.numel() == 1 else b.reshape(-1, 1, 1, 1) for b in (lower, upper))
-    window = ((1, 1), (0, 0), (1, 1))
-    output = convolve(name, points, weight, lower, upper, bits, *window, relu=relu, channels_last=True)
-    return output.squeeze(2).permute(0, 2, 1).reshape(*input.shape[:-1], -1)
+    bits = check_bits(name, bits)
+    if bits == 32:
+        raise ValueError(f"{name}: bits must be 2 to 8, got 32")
+    bounds = lower.float(), upper.float()
+    try:
+        return _quantized_linear.inference(input, *weight[:3], weight.zero, *bounds, weight.bias, bits, bool(relu))
+    except RuntimeError:
+        explain_bounds(name, input, *bounds)
+        raise
+
+
+def _reference(
+    input: Tensor,
+    weight: Tensor,
+    weight_sums: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    lower: Tensor,
+    upper: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    relu: bool,
+) -> Tensor:
+    """A convolution of one tap over the rows of each sample."""
+    if not input.numel():
+        return input.new_empty((*input.shape[:-1], weight_sums.shape[0]))
+    points = input.reshape(input.shape[0] if input.dim() > 1 else 1, -1, 1, input.shape[-1])
+    window = ([1, 1], [0, 0], [1, 1])
+    numbers = (weight, weight_sums, weight_scale, weight_zero, lower, upper, bias, None, bits)
+    output = convolve_exactly(points.permute(0, 3, 1, 2), *numbers, *window, relu, False, True)
+    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1).contiguous()
+
+
+def _fake(input: Tensor, weight: Tensor, weight_sums: Tensor, *args: Any) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight_sums.shape[0]))
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    return one_by_one(_quantized_linear.overload, info, in_dims, args)
+
+
+_quantized_linear = operator(
+    "quantized_linear(Tensor input, Tensor weight, Tensor weight_sums, Tensor weight_scale, Tensor? weight_zero,"
+    " Tensor lower, Tensor upper, Tensor? bias, int bits, bool relu) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    vmap=_vmap,
+)

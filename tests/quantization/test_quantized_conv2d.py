@@ -1,4 +1,4 @@
-"""Convolution and linear layer in whole numbers: exact on every backend and level, and close to the fake-quantised."""
+"""Convolution in whole numbers: exact on every backend and level, and close to the fake-quantised."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ import tersor
 from tersor import _backends
 from tersor.quantization import fake_quantize_bounds
 from tersor.quantization.quantized_conv2d import _unblock, convolve, prepare_weight, quantized_conv2d
-from tersor.quantization.quantized_linear import quantized_linear
 
 EPS = 2.0**-23
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, in Triton's interpreter
@@ -391,36 +390,6 @@ def test_blocks_hold_the_codes() -> None:
     window = ([1, 1], [0, 0], [1, 1])
     again = convolve("test", p["input"], prepared, p["lower"], p["upper"], p["bits"], *window)
     assert torch.equal(again, quantized_conv2d(**p, groups=2))
-
-
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5), (2, 2, 3, 5), (100, 5)])
-@pytest.mark.parametrize("bits", [2, 8])
-def test_linear(shape: tuple[int, ...], bits: int, run: tuple[str, str]) -> None:
-    p, _ = problem(bits=bits, kernel=(1, 1), outputs=11, device=run[0])
-    p["weight"] = p["weight"].flatten(1)
-    p["input"] = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(run[0])
-    output = quantized_linear(**p, relu=True)
-    assert output.shape == (*shape[:-1], 11)
-    assert output.is_contiguous()
-    x = fake_quantize_bounds(p["input"], p["lower"], p["upper"], bits, relu=True)
-    weight = (p["weight"].float() + p["weight_zero"]) * p["weight_scale"]
-    exact = F.linear(x.double(), weight.double(), p["bias"].double())
-    terms = F.linear(x.double().abs(), weight.double().abs(), p["bias"].double().abs())
-    assert ((output.double() - exact).abs() <= 2 * EPS * terms).all()
-
-
-def test_linear_with_bounds_per_sample() -> None:
-    p, _ = problem(kernel=(1, 1))
-    p["weight"] = p["weight"].flatten(1)
-    p["input"] = torch.randn(3, 4, 5)
-    p["lower"], p["upper"] = torch.tensor([-1.0, -2.0, 0.5]).view(3, 1, 1), torch.tensor([1.5, 2.0, 3.0]).view(3, 1, 1)
-    output = quantized_linear(**p)
-    for i in range(3):
-        one = {**p, "input": p["input"][i], "lower": p["lower"][i, 0], "upper": p["upper"][i, 0]}
-        assert torch.equal(output[i], quantized_linear(**one))
-    p["lower"] = p["lower"].view(3, 1)
-    with pytest.raises(ValueError, match=r"quantized_linear: lower must have one element or one per sample.*\(3, 1\)"):
-        quantized_linear(**p)
 
 
 @pytest.mark.parametrize(
