@@ -11,6 +11,7 @@ from tersor._batching import fold, unfold
 from tersor._checks import accumulate_dtype, as_int, check_floating
 from tersor._operator import call_function, operator
 from tersor.tokens.gather_tokens import check_index, gather_rows, scatter_rows
+from tersor.tokens.rank_tokens import can_read
 
 
 def merge_tokens(input: Tensor, index: Tensor, length: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -38,8 +39,9 @@ def merge_tokens(input: Tensor, index: Tensor, length: int, sizes: Tensor | None
 
     Raises:
         TypeError: an argument is not of the stated type.
-        ValueError: shapes or devices do not fit, or ``length`` is negative; or, on the CPU, an index is out of range.
-            On a GPU, which is not waited for, and in compiled graphs such a token goes nowhere and has no gradient.
+        ValueError: shapes or devices do not fit, or ``length`` is negative; or, on the CPU, an index is out of range or
+            a size not above 0. On a GPU, which is not waited for, and in compiled graphs a token whose index is out of
+            range goes nowhere and has no gradient.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461.
     """
@@ -67,6 +69,8 @@ def _check_sizes(name: str, sizes: Tensor, input: Tensor) -> None:
         raise TypeError(f"{name}: sizes must be {accumulate_dtype(input.dtype)} for this input, got {sizes.dtype}")
     if sizes.device != input.device:
         raise ValueError(f"{name}: sizes must be on the device of input {input.device}, got {sizes.device}")
+    if can_read(sizes) and sizes.numel() and not (lowest := sizes.min().item()) > 0:  # the least of NaN is NaN
+        raise ValueError(f"{name}: sizes must be above 0, got {lowest}")
 
 
 def _shares(sizes: Tensor, output_sizes: Tensor, index: Tensor) -> Tensor:

@@ -163,6 +163,31 @@ def test_out_of_range(run: tuple[str, str]) -> None:
     assert gradient[..., 0].tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
+def test_mismatched_tensors_are_refused_by_the_operators(run: tuple[str, str]) -> None:
+    if run[1] == "reference":
+        pytest.skip("nothing of it reads outside a tensor")
+    input, index, sizes, places = _raw(OPERATORS[0], (2, 10, 5), torch.float32, run[0])
+    output, output_sizes = torch.ops.tersor.merge_tokens_forward(input, index, sizes, places)
+    for wrong in (
+        (input[0], index, sizes, places),
+        (input, index[:, 1:], None, places),
+        (input, index[:1], None, places),
+        (input, index, sizes[:, 1:], places),
+        (input, index, sizes.half(), places),
+        (input, index, sizes, -1),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match="must"):
+            torch.ops.tersor.merge_tokens_forward(*wrong)
+    for wrong in (
+        (output, index, sizes, output_sizes[:, 1:]),
+        (output, index, sizes, output_sizes.half()),
+        (output, index, sizes[:1], output_sizes),
+        (output, index[:1], None, output_sizes),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match="must"):
+            torch.ops.tersor.merge_tokens_backward(*wrong)
+
+
 def test_bad_input() -> None:
     input, index, sizes = torch.randn(2, 9, 5), torch.zeros(2, 9, dtype=torch.int64), torch.ones(2, 9)
     with pytest.raises(ValueError, match=r"input must be \(B, n, C\), got shape \(9, 5\)"):
@@ -185,3 +210,6 @@ def test_bad_input() -> None:
         tersor.merge_tokens(input, index, 3, sizes.to("meta"))
     with pytest.raises(TypeError, match="sizes must be float16, bfloat16, float32 or float64"):
         tersor.merge_tokens(input, index, 3, index)
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"sizes must be above 0, got {wrong}"):
+            tersor.merge_tokens(input, index, 3, sizes.clone().fill_diagonal_(wrong))
