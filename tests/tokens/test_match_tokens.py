@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -155,6 +156,16 @@ def test_wide_keys_of_one_head(run: tuple[str, str]) -> None:
 def test_views_of_a_fused_projection(run: tuple[str, str]) -> None:
     qkv = torch.randn(2, 17, 3, 2, 8, device=run[0])
     assert torch.equal(tersor.match_tokens(qkv[:, :, 1], 5)[0], tersor.match_tokens(qkv[:, :, 1].clone(), 5)[0])
+
+
+def test_more_tokens_than_a_gpu_counts(run: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if run[1] != "triton":
+        pytest.skip("its limit alone")
+    launcher = importlib.import_module("tersor.triton_kernels.tokens.match_tokens")
+    monkeypatch.setattr(launcher, "MOST", 8)
+    monkeypatch.setattr(launcher, "launch", None)
+    keys = torch.randn(2, 17, 2, 6, device=run[0])
+    assert torch.equal(tersor.match_tokens(keys, 5)[0], _by_loops(keys, 5, 1))
 
 
 def test_bad_input() -> None:

@@ -180,5 +180,5 @@ def ahead_of_time_cases() -> Iterator[Case]:
         label = f"{name} 384 channels" + ("" if sized else ", sizes of 1")
         own = _constants(384, 16 // ITEMSIZES[name]) | ({} if sized else {"sizes": None})
         yield _backward_kernel, label, signature_of(_backward_kernel, own, kinds), own, OPTIONS
-        own |= {"BLOCK_N": BLOCK_N}
+        own = own | {"BLOCK_N": BLOCK_N}
         yield _forward_kernel, label, signature_of(_forward_kernel, own, kinds), own, FORWARD
