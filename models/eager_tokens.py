@@ -1,4 +1,4 @@
-"""The published way to compute CF-ViT and SuperViT, in eager torch: the baseline of the benchmarks.
+"""The published way to compute CF-ViT, SuperViT and Token Merging, in eager torch: the baseline of the benchmarks.
 
 Every layer writes its attention matrix out, since a later step may ask for it. The class attention is averaged as whole
 matrices, all patches are embedded and all tokens reused before some are chosen, and chosen tokens are copied by an
@@ -165,3 +165,36 @@ def super_vit(model: SuperViT, images: Tensor, size: int, keep_rate: float = 1.0
         prune = number in _PRUNED and keep_rate != 1
         x = pruned_block(layer, x, keep_rate) if prune else block(layer, x)[0]
     return model.class_logits(model.norm(x))
+
+
+# Token Merging
+
+
+def match(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``(B, n, heads, head_dim)``: places in a that are left and that are merged, and in b what these join.
+
+    Each is ``(B, m, 1)``. The class token is first in a, and stays.
+    """
+    metric = keys.mean(2)
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
+    scores[:, 0] = -math.inf
+    best, partner = scores.max(-1)
+    order = best.argsort(dim=-1, descending=True)[..., None]
+    merged, left = order[:, :count], order[:, count:]
+    return left.sort(1)[0], merged, partner[..., None].gather(1, merged)
+
+
+def merge(keys: Tensor, sizes: Tensor, input: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``(B, n, C)`` and their sizes ``(B, n, 1)`` with ``count`` of them merged into others."""
+    left, merged, partner = match(keys, count)
+
+    def add(x: Tensor) -> Tensor:
+        batch, _, channels = x.shape
+        a, b = x[:, ::2], x[:, 1::2]
+        source = a.gather(1, merged.expand(batch, -1, channels))
+        total = b.scatter_reduce(1, partner.expand(batch, -1, channels), source, "sum")
+        return torch.cat([a.gather(1, left.expand(batch, -1, channels)), total], 1)
+
+    tokens, total = add(input * sizes), add(sizes)
+    return tokens / total, total

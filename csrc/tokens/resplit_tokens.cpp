@@ -39,16 +39,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& fine_patch
     position_rows = checked(*position, coarse, "position", {1, 1 + 4 * count, channels});
     task.position = rows_of(position_rows, true);
   }
-  Tensor ranked = torch::stable::new_empty(coarse, {selected ? 0 : batch * count}, ScalarType::Long);
-  Tensor kept = ranked;
+  Tensor ranked, kept;
   if (selected) {
     kept = checked_index(*order, batch, count, "order");
+    ranked = torch::stable::new_empty(coarse, {0}, ScalarType::Long);
   } else {
     STD_TORCH_CHECK(scores->is_cpu() && scores->dim() == 2 && scores->size(0) == batch && scores->size(1) == count &&
                         is_floating(scores->scalar_type()),
                     "scores must be a floating CPU tensor (B, N)");
-    ranked = torch::stable::new_empty(coarse, {batch, count}, ScalarType::Long);
-    kept = ranked;
+    kept = ranked = torch::stable::new_empty(coarse, {batch, count}, ScalarType::Long);
     const Tensor own = torch::stable::contiguous(*scores);
     rank_all(TERSOR_RANK_ROWS(own), own, static_cast<int64_t*>(ranked.mutable_data_ptr()));
   }

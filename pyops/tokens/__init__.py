@@ -1,4 +1,4 @@
-"""Token operators: choosing, splitting and dropping the tokens of a vision transformer."""
+"""Token operators: choosing, splitting, merging and dropping the tokens of a vision transformer."""
 
 from tersor.tokens.class_attention import (
     class_attention,
@@ -10,6 +10,8 @@ from tersor.tokens.class_attention import (
 from tersor.tokens.compact_unsure import bucket_size, compact_unsure
 from tersor.tokens.gather_patches import gather_patches
 from tersor.tokens.gather_tokens import gather_tokens
+from tersor.tokens.match_tokens import match_tokens
+from tersor.tokens.merge_tokens import merge_tokens
 from tersor.tokens.prune_tokens import prune_tokens
 from tersor.tokens.rank_tokens import rank_tokens
 from tersor.tokens.resize_align_corners import resize_align_corners
@@ -24,7 +26,9 @@ __all__ = [
     "compact_unsure",
     "gather_patches",
     "gather_tokens",
+    "match_tokens",
     "mean_heads",
+    "merge_tokens",
     "prune_tokens",
     "rank_tokens",
     "resize_align_corners",

@@ -81,7 +81,7 @@ def resplit_tokens(
             )
         if scores.device != coarse.device:
             raise ValueError(f"{name}: scores must be on the device of coarse {coarse.device}, got {scores.device}")
-        scores = scores.detach()
+        scores = scores.detach() if scores.requires_grad else scores
     if order is not None:
         check_index(name, order, coarse, count)
         if order.shape[1] != count:
@@ -130,6 +130,8 @@ def resplit_index(order: Tensor, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
 
 def same_dtype(name: str, **tensors: Tensor) -> list[Tensor]:
     """The tensors in one dtype: they have it, or autocast is on, whose results of mixed types are the widest."""
+    if len({tensor.dtype for tensor in tensors.values()}) == 1:
+        return list(tensors.values())
     (first_name, first), *_ = tensors.items()
     if is_autocast_enabled(first.device.type):
         dtype = first.dtype
@@ -162,17 +164,18 @@ def _check_shapes(name: str, given: dict[str, Tensor], alpha: float, selected: b
     parents = split_count(count, alpha) if selected else count
     first = given["cls"].shape[0] if given["cls"].dim() == 3 and given["cls"].shape[0] == batch else 1
     expected = {
-        "coarse": tuple(coarse.shape),
+        "coarse": coarse.shape,
         "fine_patches": (batch, 4 * parents, channels),
         "reuse": (batch, parents, channels),
         "position": (1, 1 + 4 * count, channels),
         "cls": (first, 1, channels),
     }
+    device = coarse.device
     for key, tensor in given.items():
-        if tuple(tensor.shape) != expected[key]:
+        if tensor.shape != expected[key]:
             raise ValueError(f"{name}: {key} must be {expected[key]} for this coarse, got shape {tuple(tensor.shape)}")
-        if tensor.device != coarse.device:
-            raise ValueError(f"{name}: {key} must be on the device of coarse {coarse.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: {key} must be on the device of coarse {device}, got {tensor.device}")
     return count
 
 

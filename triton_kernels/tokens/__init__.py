@@ -1,1 +1,1 @@
-"""Choosing, splitting and dropping the tokens of a vision transformer."""
+"""Choosing, splitting, merging and dropping the tokens of a vision transformer."""
