@@ -1,7 +1,7 @@
 """Packed binary convolutions and linear layers against torch's float32 ones with the same signs; inference.
 
-The convolutions are ResNet-18's, channels-last. `tersor` takes a float map and packs its signs first, `tersor_bits`
-takes bits, `tersor_signs` takes and gives bits. Weights are packed before anything is timed, the dense one too where
+The convolutions are ResNet-18's, channels-last. `tersor` takes a float map and packs its signs first, which is one
+operator in a linear layer; `tersor_bits` takes bits, `tersor_signs` takes and gives bits. Weights are packed before anything is timed, the dense one too where
 the peer can (`compiled_packed`). FLOPs are those of the dense product.
 """
 
@@ -13,7 +13,14 @@ from harness import benchmark
 from suite import Implementation, Prepared, Suite, Target
 from torch import nn
 
-from tersor.binary import binary_packed_conv2d, binary_packed_conv2d_signs, pack_binary_weight, pack_signs, unpack_signs
+from tersor.binary import (
+    binary_packed_conv2d,
+    binary_packed_conv2d_signs,
+    binary_packed_linear,
+    pack_binary_weight,
+    pack_signs,
+    unpack_signs,
+)
 
 CUDA = settings.device() == "cuda"
 LAYERS = {"c64": (64, 56), "c128": (128, 28), "c256": (256, 14), "c512": (512, 7)}
@@ -40,6 +47,8 @@ def traffic(size, element_bytes, direction):
 def packed(size):
     def build(input, weight):
         blocks = pack_binary_weight(weight)
+        if size[3] == 1:
+            return lambda: binary_packed_linear(input.flatten(1), blocks)[:, :, None, None]
         return lambda: binary_packed_conv2d(pack_signs(input), blocks, padding=size[4] // 2)
 
     return build
@@ -130,7 +139,7 @@ else:
     IMPLEMENTATIONS.append(Implementation("compiled_packed", compiled_packed, note=note))
 
 
-def suite(operator, sizes, small, names, bar):
+def suite(operator, sizes, small, names, bar, first):
     return Suite(
         operator=operator,
         sizes=sizes,
@@ -142,13 +151,13 @@ def suite(operator, sizes, small, names, bar):
         reference=dense,
         prepare=prepare,
         implementations=IMPLEMENTATIONS,
-        operators=["pack_signs", "binary_packed_conv2d", "binary_packed_conv2d_signs"],
+        operators=[*first, "pack_signs", "binary_packed_conv2d", "binary_packed_conv2d_signs"],
         targets=[] if CUDA else [Target(f"{operator}/{name}/float32/forward", "dense", bar) for name in names],
     )
 
 
-CONVOLUTION = suite("binary_packed_conv2d", CONVOLUTIONS, (2, 70, 9, 5, 3), ["c256_*", "c512_*"], 8)
-LINEAR = suite("binary_packed_linear", LINEARS, (3, 70, 9, 1, 1), ["*"], 10)
+CONVOLUTION = suite("binary_packed_conv2d", CONVOLUTIONS, (2, 70, 9, 5, 3), ["c256_*", "c512_*"], 8, [])
+LINEAR = suite("binary_packed_linear", LINEARS, (3, 70, 9, 1, 1), ["*"], 10, ["binary_packed_linear"])
 
 bench_binary_packed_conv2d = benchmark(CONVOLUTION)
 bench_binary_packed_linear = benchmark(LINEAR)

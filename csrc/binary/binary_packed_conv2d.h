@@ -59,6 +59,9 @@ struct Task {
   int64_t bands() const { return (out_height + band - 1) / band; }
 };
 
+// Whether a weight of a block, counted through all groups, is zero; of a weight with two planes.
+bool has_zero_weight(const Task& task, int64_t block);
+
 // Sets multiply and the sizes of its tiles, for this processor.
 void choose_multiply(Task& task);
 

@@ -32,7 +32,8 @@ Rows make_rows(const Tensor& input, const Tensor& blocks, const Tensor& sums) {
   task.weight = static_cast<const int64_t*>(blocks.const_data_ptr());
   task.weight_planes = blocks.size(0), task.weight_plane = blocks.numel() / blocks.size(0);
   choose_multiply(task);
-  task.scratch_plane = task.tile_pixels * task.words;
+  const int64_t near = NEAR_WEIGHT / (8 * task.block_words() * task.weight_planes) / task.tile_blocks;
+  rows.near_blocks = std::min(std::max<int64_t>(1, near) * task.tile_blocks, MOST_NEAR);
   return rows;
 }
 
@@ -41,20 +42,24 @@ void run(Rows& rows, ScalarType dtype) {
   std::vector<int64_t> offsets(task.words);
   for (int64_t i = 0; i < task.words; ++i) offsets[i] = i;
   task.offsets = offsets.data();
-  const int64_t groups = (rows.count + task.tile_pixels - 1) / task.tile_pixels;
-  const int64_t tiles = (task.blocks + task.tile_blocks - 1) / task.tile_blocks;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = groups >= threads ? 1 : std::min(tiles, threads);
-  const int64_t steps = task.tile_pixels * task.blocks * task.words / parts;
+  const int64_t tiles = (task.blocks + task.tile_blocks - 1) / task.tile_blocks;
+  // Whole tiles of rows, shared out evenly.
+  const int64_t row_tiles = (rows.count + task.tile_pixels - 1) / task.tile_pixels;
+  const int64_t strip = std::min((row_tiles + threads - 1) / threads * task.tile_pixels, STRIP_ROWS);
+  const int64_t strips = (rows.count + strip - 1) / strip;
+  const int64_t parts = strips >= threads ? 1 : std::min(tiles, threads);
+  const int64_t steps = std::max<int64_t>(1, std::min(strip, rows.count) * task.blocks * task.words / parts);
+  task.scratch_plane = strip * task.words;
   with_type(dtype, [&](auto type) {
     using T = std::conditional_t<std::is_same_v<decltype(type), double>, float, decltype(type)>;  // never double
     const auto rows_of = TERSOR_FOR_ISA(do_rows<T>);
     const int64_t grain = (GRAIN_STEPS + steps - 1) / steps;
-    torch::stable::parallel_for(0, groups * parts, grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, strips * parts, grain, [&](int64_t begin, int64_t end) {
       const Memory memory = allocate(16 * task.scratch_plane);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i / parts * task.tile_pixels, part = i % parts;
-        const RowUnit unit{first, std::min(rows.count, first + task.tile_pixels),
+        const int64_t first = i / parts * strip, part = i % parts;
+        const RowUnit unit{first, std::min(rows.count, first + strip),
                            tiles * part / parts * task.tile_blocks,
                            std::min(task.blocks, tiles * (part + 1) / parts * task.tile_blocks)};
         rows_of(rows, unit, reinterpret_cast<int64_t*>(memory.get()));

@@ -34,36 +34,42 @@ def binary_packed_linear(input: Tensor, weight: PackedBinaryWeight, affine: Tens
         TypeError, ValueError: an argument is not as stated.
     """
     name = "binary_packed_linear"
-    check_floating(name, input=input)
-    if input.dtype not in DTYPES:
-        raise TypeError(f"{name}: input must be float16, bfloat16 or float32, got {input.dtype}")
     if not isinstance(weight, PackedBinaryWeight):
         raise TypeError(f"{name}: weight must be a PackedBinaryWeight, got {type(weight).__name__}")
-    blocks, sums, channels = weight
-    _, groups, _, *kernel, _, _ = blocks.shape
+    _, groups, _, *kernel, _, _ = weight.blocks.shape
     if groups != 1 or kernel != [1, 1]:
         raise ValueError(
-            f"{name}: weight must be packed from (O, C, 1, 1) with 1 group, got a kernel of {tuple(kernel)} with {groups}"
+            f"{name}: weight must be packed from (O, C, 1, 1) in one group, got a kernel of {tuple(kernel)} in {groups}"
         )
-    if not input.dim() or input.shape[-1] != channels:
-        raise ValueError(f"{name}: input must be (..., {channels}), got shape {tuple(input.shape)}")
-    device = input.device
-    if blocks.device != device:
-        raise ValueError(f"{name}: weight must be on the device of input {device}, got {blocks.device}")
     if affine is not None:
-        _check_affine(name, affine, len(sums), device)
-    return _binary_packed_linear.without_gradient(input.detach(), blocks, sums, affine)
+        _check_affine(name, affine, weight)
+    return multiply(name, input, weight, affine)
 
 
-def _check_affine(where: str, affine: Any, outputs: int, device: torch.device) -> None:
+def multiply(where: str, input: Tensor, weight: PackedBinaryWeight, affine: Tensor | None) -> Tensor:
+    """:func:`binary_packed_linear` of a weight and an affine that have been checked."""
+    check_floating(where, input=input)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"{where}: input must be float16, bfloat16 or float32, got {input.dtype}")
+    blocks, sums, channels = weight
+    if not input.dim() or input.shape[-1] != channels:
+        raise ValueError(f"{where}: input must be (..., {channels}), got shape {tuple(input.shape)}")
+    if blocks.device != input.device:
+        raise ValueError(f"{where}: input must be on the device of weight {blocks.device}, got {input.device}")
+    input = input.detach() if input.requires_grad else input
+    return _binary_packed_linear.without_gradient(input, blocks, sums, affine)
+
+
+def _check_affine(where: str, affine: Any, weight: PackedBinaryWeight) -> None:
     if not isinstance(affine, Tensor):
         raise TypeError(f"{where}: affine must be a torch.Tensor, got {type(affine).__name__}")
-    if affine.dtype != torch.float32 or affine.shape != (2, outputs):
+    shape, device = (2, weight.sums.shape[0]), weight.blocks.device
+    if affine.dtype != torch.float32 or affine.shape != shape:
         raise ValueError(
-            f"{where}: affine must be float32 (2, {outputs}), got {affine.dtype} of shape {tuple(affine.shape)}"
+            f"{where}: affine must be torch.float32 of shape {shape}, got {affine.dtype} of shape {tuple(affine.shape)}"
         )
     if affine.device != device:
-        raise ValueError(f"{where}: affine must be on the device of input {device}, got {affine.device}")
+        raise ValueError(f"{where}: affine must be on the device of weight {device}, got {affine.device}")
 
 
 def _reference(input: Tensor, weight: Tensor, weight_sums: Tensor, affine: Tensor | None) -> Tensor:
