@@ -1,8 +1,8 @@
 """Packed binary convolutions and linear layers against torch's float32 ones with the same signs; inference.
 
 The convolutions are ResNet-18's, channels-last. `tersor` takes a float map and packs its signs first, which is one
-operator in a linear layer; `tersor_bits` takes bits, `tersor_signs` takes and gives bits. Weights are packed before anything is timed, the dense one too where
-the peer can (`compiled_packed`). FLOPs are those of the dense product.
+operator in a linear layer; `tersor_bits` takes bits, `tersor_signs` takes and gives bits. Weights are packed before
+anything is timed, the dense one too where the peer can (`compiled_packed`). FLOPs are those of the dense product.
 """
 
 import settings
@@ -32,6 +32,9 @@ if settings.QUICK:
 
 def make_inputs(size, dtype, device, generator):
     batch, channels, outputs, side, kernel = size
+    if side == 1:  # a linear layer
+        shapes = (batch, channels), (outputs, channels)
+        return tuple(torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
     input = torch.randn(batch, channels, side, side, generator=generator)
     weight = torch.randn(outputs, channels, kernel, kernel, generator=generator)
     return tuple(t.to(device, dtype).contiguous(memory_format=torch.channels_last) for t in (input, weight))
@@ -44,11 +47,15 @@ def traffic(size, element_bytes, direction):
     return pixels * (channels + outputs) * element_bytes + weights // 8, 2 * pixels * weights
 
 
+def as_map(tensor):
+    return tensor if tensor.dim() == 4 else tensor[:, :, None, None]
+
+
 def packed(size):
     def build(input, weight):
-        blocks = pack_binary_weight(weight)
+        blocks = pack_binary_weight(as_map(weight))
         if size[3] == 1:
-            return lambda: binary_packed_linear(input.flatten(1), blocks)[:, :, None, None]
+            return lambda: binary_packed_linear(input, blocks)
         return lambda: binary_packed_conv2d(pack_signs(input), blocks, padding=size[4] // 2)
 
     return build
@@ -56,7 +63,7 @@ def packed(size):
 
 def from_bits(size):
     def build(input, weight):
-        signs, blocks = pack_signs(input), pack_binary_weight(weight)
+        signs, blocks = pack_signs(as_map(input)), pack_binary_weight(as_map(weight))
         return lambda: binary_packed_conv2d(signs, blocks, padding=size[4] // 2)
 
     return build
@@ -64,7 +71,7 @@ def from_bits(size):
 
 def to_bits(size):
     def build(input, weight):
-        signs, blocks = pack_signs(input), pack_binary_weight(weight)
+        signs, blocks = pack_signs(as_map(input)), pack_binary_weight(as_map(weight))
         thresholds = torch.zeros(3, size[2], dtype=torch.int32, device=input.device)
         thresholds[0] = 1
         return lambda: binary_packed_conv2d_signs(signs, blocks, thresholds, padding=size[4] // 2)
@@ -73,8 +80,8 @@ def to_bits(size):
 
 
 def product(size):
-    if size[3] == 1:  # a linear layer
-        return lambda x, w: F.linear(x.flatten(1), w.flatten(1))[:, :, None, None]
+    if size[3] == 1:
+        return F.linear
     return lambda x, w: F.conv2d(x, w, padding=size[4] // 2)
 
 
@@ -93,7 +100,6 @@ def compiled_packed(size):
         options = {"device": input.device, "dtype": input.dtype, "bias": False}
         if side == 1:
             layer = nn.Linear(channels, outputs, **options)
-            input, weight = input.flatten(1), weight.flatten(1)
         else:
             layer = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, **options)
             layer = layer.to(memory_format=torch.channels_last)
@@ -103,25 +109,24 @@ def compiled_packed(size):
         call = torch.compile(layer, dynamic=False, fullgraph=True)
         with torch._inductor.config.patch(freezing=True):  # as an option of torch.compile it would do nothing
             call(input)
-        return lambda: call(input).reshape(size[0], outputs, side, side)
+        return lambda: call(input)
 
     return build
 
 
 def prepare(build, inputs, dtype, direction):
-    """What ``build`` does with input and weight is not timed; what it returns computes the product."""
+    """What ``build`` does with input and weight is not timed; what it returns computes the product. Nothing requires a
+    gradient, so that there is none to turn off."""
+    inputs = [t.detach() for t in inputs]
     with torch.no_grad():
         call = build(*(t.float() if t.dtype == torch.float64 else t for t in inputs))  # whole numbers, exact
 
-    def no_grad():
-        with torch.no_grad():
-            return call()
-
     def results():
-        output = no_grad()
-        return {"output": output if isinstance(output, torch.Tensor) else unpack_signs(output)}
+        output = call()
+        output = output if isinstance(output, torch.Tensor) else unpack_signs(output)
+        return {"output": output.flatten(1) if inputs[0].dim() == 2 else output}
 
-    return Prepared(no_grad, results)
+    return Prepared(call, results)
 
 
 IMPLEMENTATIONS = [

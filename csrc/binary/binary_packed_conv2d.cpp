@@ -231,20 +231,6 @@ Tensor forward_signs(const Tensor& given_signs, const Tensor& blocks, const Tens
 
 }  // namespace
 
-bool has_zero_weight(const Task& task, int64_t block) {
-  const uint64_t last = task.channels % WORD ? (uint64_t{1} << task.channels % WORD) - 1 : ~uint64_t{0};
-  const int64_t outputs = std::min(BLOCK, task.outputs - block % task.blocks * BLOCK);
-  const int64_t* nonzero = task.weight + task.weight_plane + block * task.block_words();
-  uint64_t missing[BLOCK] = {};
-  for (int64_t tap = 0; tap < task.taps(); ++tap) {
-    for (int64_t w = 0; w < task.words; ++w, nonzero += BLOCK) {
-      const uint64_t all = w + 1 == task.words ? last : ~uint64_t{0};
-      for (int64_t o = 0; o < BLOCK; ++o) missing[o] |= static_cast<uint64_t>(nonzero[o]) ^ all;
-    }
-  }
-  return std::any_of(missing, missing + outputs, [](uint64_t m) { return m != 0; });
-}
-
 void choose_multiply(Task& task) {
   task.multiply = TERSOR_FOR_ISA(multiply_bytes);
   task.tile_pixels = TERSOR_FOR_ISA(TILE_PIXELS), task.tile_blocks = TERSOR_FOR_ISA(TILE_BLOCKS);

@@ -59,8 +59,22 @@ struct Task {
   int64_t bands() const { return (out_height + band - 1) / band; }
 };
 
-// Whether a weight of a block, counted through all groups, is zero; of a weight with two planes.
-bool has_zero_weight(const Task& task, int64_t block);
+// Whether a weight of a block, counted through all groups, is zero; of a weight with two planes. Inlined, so that it is
+// compiled for its caller's instruction set.
+__attribute__((always_inline)) inline bool has_zero_weight(const Task& task, int64_t block) {
+  const uint64_t last = task.channels % WORD ? (uint64_t{1} << task.channels % WORD) - 1 : ~uint64_t{0};
+  const int64_t outputs = std::min(BLOCK, task.outputs - block % task.blocks * BLOCK);
+  const int64_t* nonzero = task.weight + task.weight_plane + block * task.block_words();
+  uint64_t missing[BLOCK] = {}, any = 0;
+  for (int64_t tap = 0; tap < task.taps(); ++tap) {
+    for (int64_t w = 0; w < task.words; ++w, nonzero += BLOCK) {
+      const uint64_t all = w + 1 == task.words ? last : ~uint64_t{0};
+      for (int64_t o = 0; o < BLOCK; ++o) missing[o] |= static_cast<uint64_t>(nonzero[o]) ^ all;
+    }
+  }
+  for (int64_t o = 0; o < outputs; ++o) any |= missing[o];
+  return any != 0;
+}
 
 // Sets multiply and the sizes of its tiles, for this processor.
 void choose_multiply(Task& task);

@@ -87,8 +87,9 @@ inline Tensor new_strided(const Sizes& sizes, const Sizes& strides, ScalarType d
 }
 
 inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
-  Sizes strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(1, sizes[i])) strides[i] = step;
   return new_strided(sizes, strides, dtype);
 }
 

@@ -194,5 +194,5 @@ def test_the_operator_protects_memory() -> None:
         (torch.ones(2, 6), ONES.blocks, torch.ones(40, 1, 1).int(), None),
         (torch.ones(2, 6), *ONES[:2], torch.ones(2, 3)),
     ):
-        with pytest.raises(RuntimeError, match="weight must be|affine must be"):
+        with pytest.raises(RuntimeError, match=r"weight must be|affine must be"):
             raw(*arguments)
