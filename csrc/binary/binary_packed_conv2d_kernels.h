@@ -320,7 +320,8 @@ TERSOR_INLINE void finish(const Task& task, const int32_t* sums, int64_t channel
     if (task.scale == nullptr && task.epilogue == nullptr) {
       int o = 0;
       for (; o + lanes <= outputs; o += lanes) {
-        store<float>(to + o, __builtin_convertvector(*reinterpret_cast<const Simd<float>::Mask*>(sums + o), Vec<float>));
+        const auto own = *reinterpret_cast<const Simd<float>::Mask*>(sums + o);
+        store<float>(to + o, __builtin_convertvector(own, Vec<float>));
       }
       for (; o < outputs; ++o) to[o] = static_cast<float>(sums[o]);
       return;

@@ -76,13 +76,14 @@ inline bool is_channels_last(const Tensor& t) {
   return !t.is_contiguous();
 }
 
-// An uninitialised tensor on the CPU. Torch's new_empty looks its operator up by name at every call (1 us), and each
+// An uninitialised tensor on the CPU. Torch's new_empty looks its operator up by name at every call (0.6 us), and each
 // transpose for another memory format once more.
 inline Tensor new_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
+  const auto dims = static_cast<int64_t>(sizes.size());
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -106,7 +107,7 @@ inline Tensor new_map(const Sizes& sizes, ScalarType dtype, bool channels_last) 
   return new_strided(sizes, {length(2) * row, 1, row, length(1)}, dtype);
 }
 
-// Torch's contiguous costs 1 us even where there is nothing to do.
+// Torch's contiguous costs 0.6 us even where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor in_format(const Tensor& t, bool channels_last) {
