@@ -1,8 +1,8 @@
 """Packed binary convolutions and linear layers against torch's float32 ones with the same signs; inference.
 
-The convolutions are ResNet-18's, channels-last. `tersor` takes a float map and packs its signs first, `tersor_bits`
-takes bits, `tersor_signs` takes and gives bits. Weights are packed before anything is timed, the dense one too where
-the peer can (`compiled_packed`). FLOPs are those of the dense product.
+The convolutions are ResNet-18's, channels-last. `tersor` takes a float map and packs its signs first, which is one
+operator in a linear layer; `tersor_bits` takes bits, `tersor_signs` takes and gives bits. Weights are packed before
+anything is timed, the dense one too where the peer can (`compiled_packed`). FLOPs are those of the dense product.
 """
 
 import settings
@@ -13,7 +13,14 @@ from harness import benchmark
 from suite import Implementation, Prepared, Suite, Target
 from torch import nn
 
-from tersor.binary import binary_packed_conv2d, binary_packed_conv2d_signs, pack_binary_weight, pack_signs, unpack_signs
+from tersor.binary import (
+    binary_packed_conv2d,
+    binary_packed_conv2d_signs,
+    binary_packed_linear,
+    pack_binary_weight,
+    pack_signs,
+    unpack_signs,
+)
 
 CUDA = settings.device() == "cuda"
 LAYERS = {"c64": (64, 56), "c128": (128, 28), "c256": (256, 14), "c512": (512, 7)}
@@ -25,6 +32,9 @@ if settings.QUICK:
 
 def make_inputs(size, dtype, device, generator):
     batch, channels, outputs, side, kernel = size
+    if side == 1:  # a linear layer
+        shapes = (batch, channels), (outputs, channels)
+        return tuple(torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
     input = torch.randn(batch, channels, side, side, generator=generator)
     weight = torch.randn(outputs, channels, kernel, kernel, generator=generator)
     return tuple(t.to(device, dtype).contiguous(memory_format=torch.channels_last) for t in (input, weight))
@@ -37,9 +47,15 @@ def traffic(size, element_bytes, direction):
     return pixels * (channels + outputs) * element_bytes + weights // 8, 2 * pixels * weights
 
 
+def as_map(tensor):
+    return tensor if tensor.dim() == 4 else tensor[:, :, None, None]
+
+
 def packed(size):
     def build(input, weight):
-        blocks = pack_binary_weight(weight)
+        blocks = pack_binary_weight(as_map(weight))
+        if size[3] == 1:
+            return lambda: binary_packed_linear(input, blocks)
         return lambda: binary_packed_conv2d(pack_signs(input), blocks, padding=size[4] // 2)
 
     return build
@@ -47,7 +63,7 @@ def packed(size):
 
 def from_bits(size):
     def build(input, weight):
-        signs, blocks = pack_signs(input), pack_binary_weight(weight)
+        signs, blocks = pack_signs(as_map(input)), pack_binary_weight(as_map(weight))
         return lambda: binary_packed_conv2d(signs, blocks, padding=size[4] // 2)
 
     return build
@@ -55,7 +71,7 @@ def from_bits(size):
 
 def to_bits(size):
     def build(input, weight):
-        signs, blocks = pack_signs(input), pack_binary_weight(weight)
+        signs, blocks = pack_signs(as_map(input)), pack_binary_weight(as_map(weight))
         thresholds = torch.zeros(3, size[2], dtype=torch.int32, device=input.device)
         thresholds[0] = 1
         return lambda: binary_packed_conv2d_signs(signs, blocks, thresholds, padding=size[4] // 2)
@@ -64,8 +80,8 @@ def to_bits(size):
 
 
 def product(size):
-    if size[3] == 1:  # a linear layer
-        return lambda x, w: F.linear(x.flatten(1), w.flatten(1))[:, :, None, None]
+    if size[3] == 1:
+        return F.linear
     return lambda x, w: F.conv2d(x, w, padding=size[4] // 2)
 
 
@@ -84,7 +100,6 @@ def compiled_packed(size):
         options = {"device": input.device, "dtype": input.dtype, "bias": False}
         if side == 1:
             layer = nn.Linear(channels, outputs, **options)
-            input, weight = input.flatten(1), weight.flatten(1)
         else:
             layer = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, **options)
             layer = layer.to(memory_format=torch.channels_last)
@@ -94,25 +109,24 @@ def compiled_packed(size):
         call = torch.compile(layer, dynamic=False, fullgraph=True)
         with torch._inductor.config.patch(freezing=True):  # as an option of torch.compile it would do nothing
             call(input)
-        return lambda: call(input).reshape(size[0], outputs, side, side)
+        return lambda: call(input)
 
     return build
 
 
 def prepare(build, inputs, dtype, direction):
-    """What ``build`` does with input and weight is not timed; what it returns computes the product."""
+    """What ``build`` does with input and weight is not timed; what it returns computes the product. Nothing requires a
+    gradient, so that there is none to turn off."""
+    inputs = [t.detach() for t in inputs]
     with torch.no_grad():
         call = build(*(t.float() if t.dtype == torch.float64 else t for t in inputs))  # whole numbers, exact
 
-    def no_grad():
-        with torch.no_grad():
-            return call()
-
     def results():
-        output = no_grad()
-        return {"output": output if isinstance(output, torch.Tensor) else unpack_signs(output)}
+        output = call()
+        output = output if isinstance(output, torch.Tensor) else unpack_signs(output)
+        return {"output": output.flatten(1) if inputs[0].dim() == 2 else output}
 
-    return Prepared(no_grad, results)
+    return Prepared(call, results)
 
 
 IMPLEMENTATIONS = [
@@ -130,7 +144,7 @@ else:
     IMPLEMENTATIONS.append(Implementation("compiled_packed", compiled_packed, note=note))
 
 
-def suite(operator, sizes, small, names, bar):
+def suite(operator, sizes, small, names, bar, first):
     return Suite(
         operator=operator,
         sizes=sizes,
@@ -142,13 +156,13 @@ def suite(operator, sizes, small, names, bar):
         reference=dense,
         prepare=prepare,
         implementations=IMPLEMENTATIONS,
-        operators=["pack_signs", "binary_packed_conv2d", "binary_packed_conv2d_signs"],
+        operators=[*first, "pack_signs", "binary_packed_conv2d", "binary_packed_conv2d_signs"],
         targets=[] if CUDA else [Target(f"{operator}/{name}/float32/forward", "dense", bar) for name in names],
     )
 
 
-CONVOLUTION = suite("binary_packed_conv2d", CONVOLUTIONS, (2, 70, 9, 5, 3), ["c256_*", "c512_*"], 8)
-LINEAR = suite("binary_packed_linear", LINEARS, (3, 70, 9, 1, 1), ["*"], 10)
+CONVOLUTION = suite("binary_packed_conv2d", CONVOLUTIONS, (2, 70, 9, 5, 3), ["c256_*", "c512_*"], 8, [])
+LINEAR = suite("binary_packed_linear", LINEARS, (3, 70, 9, 1, 1), ["*"], 10, ["binary_packed_linear"])
 
 bench_binary_packed_conv2d = benchmark(CONVOLUTION)
 bench_binary_packed_linear = benchmark(LINEAR)

@@ -20,7 +20,7 @@ Weight block_weight(const Tensor& signs, int64_t channels, int64_t groups) {
   const int64_t planes = missing ? 2 : 1;
   Weight weight{torch::stable::new_zeros(signs, {planes, groups, blocks, signs.size(2), signs.size(3), words, BLOCK},
                                          ScalarType::Long),
-                torch::stable::new_empty(signs, {all, signs.size(2), signs.size(3)}, ScalarType::Int)};
+                new_tensor({all, signs.size(2), signs.size(3)}, ScalarType::Int)};
   auto* const to = static_cast<int64_t*>(weight.blocks.mutable_data_ptr());
   auto* const sums = static_cast<int32_t*>(weight.sums.mutable_data_ptr());
   const int64_t plane = groups * blocks * row * BLOCK;
@@ -82,7 +82,7 @@ void scale_outputs(Tensor& weight, const Tensor& scale) {
 // For each output the sum of products, both in the same order of memory.
 Tensor sum_outputs(const Tensor& first, const Tensor& second) {
   const int64_t outputs = first.size(0), row = first.numel() / outputs;
-  Tensor sums = torch::stable::new_empty(first, {outputs});
+  Tensor sums = new_tensor({outputs}, first.scalar_type());
   with_type(first.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const T* const a = static_cast<const T*>(first.const_data_ptr());
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tens
                                             bool need_scale) {
   STD_TORCH_CHECK(given_grad.is_cpu() && given_grad.dim() == 4 && groups > 0 && channels % groups == 0,
                   "grad_output must be a CPU tensor (N, O, H', W'), groups a divisor of channels");
-  const auto empty = [&] { return torch::stable::new_empty(given_grad, {0}); };
+  const auto empty = [&] { return new_tensor({0}, given_grad.scalar_type()); };
   if (!need_input && !need_weight && !need_scale) return {empty(), empty(), empty()};
   const ScalarType dtype = given_grad.scalar_type();
   const Tensor grad = in_format(given_grad, channels_last);
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tens
     STD_TORCH_CHECK(given_scale->is_cpu() && given_scale->scalar_type() == dtype && given_scale->dim() == 1 &&
                         given_scale->size(0) == weight.size(0),
                     "scale must be a CPU tensor (O,) of the dtype of grad_output");
-    scale = torch::stable::contiguous(*given_scale);
+    scale = as_contiguous(*given_scale);
     scale_outputs(weight, scale);
   }
   const std::array<bool, 3> wanted{need_input, need_weight || need_scale, false};
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad, const Tens
     Tensor own = in_format(second, channels_last);
     if (need_scale) std::get<2>(results) = sum_outputs(own, signs());
     if (need_weight && given_scale) scale_outputs(own, scale);
-    if (need_weight) std::get<1>(results) = torch::stable::contiguous(own);
+    if (need_weight) std::get<1>(results) = as_contiguous(own);
   }
   return results;
 }

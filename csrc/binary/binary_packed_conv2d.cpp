@@ -19,7 +19,6 @@ namespace {
 
 constexpr int64_t CACHE = 256 << 10;             // bytes of a padded copy
 constexpr int64_t MOST_SCRATCH = int64_t{2} << 30;
-constexpr int64_t MOST_TERMS = int64_t{1} << 23;
 
 bool has_word_counts() {
 #if defined(__x86_64__)
@@ -96,8 +95,10 @@ Scratch lay_out_scratch(const Task& task, char* memory, int64_t* bytes, int64_t 
   scratch.words = arena.take<int64_t>(2 * task.scratch_plane), scratch.places = arena.take<int64_t>(pixels);
   scratch.zeros = arena.take<bool>(task.rows * task.columns);
   scratch.meets = arena.take<bool>(pixels), scratch.border = arena.take<bool>(pixels);
-  scratch.tap_sums = arena.take<int32_t>(task.taps() * MOST_OUTPUTS);
-  scratch.thresholds = arena.take<int32_t>(3 * MOST_OUTPUTS);
+  const int64_t tiles = (task.blocks + task.tile_blocks - 1) / task.tile_blocks;
+  scratch.tiles = arena.take<Tile>(tiles);
+  scratch.tap_sums = arena.take<int32_t>(task.pads() ? tiles * task.taps() * MOST_OUTPUTS : 0);
+  scratch.thresholds = arena.take<int32_t>(task.out_signs != nullptr ? tiles * 3 * MOST_OUTPUTS : 0);
   if (task.out_signs == nullptr && !task.channels_last) {
     scratch.columns = arena.take<char>(pixels * MOST_OUTPUTS * element);
   }
@@ -148,30 +149,12 @@ void run_units(const Task& task, const Parts& parts, int64_t element) {
 // The blocks in which a weight is zero: only they take more than their signs.
 std::vector<char> find_zeros(const Task& task) {
   std::vector<char> found(task.groups * task.blocks);
-  const uint64_t last = task.channels % WORD ? (uint64_t{1} << task.channels % WORD) - 1 : ~uint64_t{0};
-  for (int64_t b = 0; b < task.groups * task.blocks; ++b) {
-    const int64_t outputs = std::min(BLOCK, task.outputs - b % task.blocks * BLOCK);
-    const int64_t* nonzero = task.weight + task.weight_plane + b * task.block_words();
-    uint64_t missing[BLOCK] = {};
-    for (int64_t tap = 0; tap < task.taps(); ++tap) {
-      for (int64_t w = 0; w < task.words; ++w, nonzero += BLOCK) {
-        const uint64_t all = w + 1 == task.words ? last : ~uint64_t{0};
-        for (int64_t o = 0; o < BLOCK; ++o) missing[o] |= static_cast<uint64_t>(nonzero[o]) ^ all;
-      }
-    }
-    found[b] = std::any_of(missing, missing + outputs, [](uint64_t m) { return m != 0; });
-  }
+  for (int64_t b = 0; b < task.groups * task.blocks; ++b) found[b] = has_zero_weight(task, b);
   return found;
 }
 
 void run(Task& task, ScalarType dtype) {
-  task.multiply = TERSOR_FOR_ISA(multiply_bytes);
-  task.tile_pixels = TERSOR_FOR_ISA(TILE_PIXELS), task.tile_blocks = TERSOR_FOR_ISA(TILE_BLOCKS);
-#if defined(__x86_64__)
-  if (has_word_counts()) {
-    task.multiply = x86_64_v4::vpopcntdq::multiply, task.tile_pixels = MOST_PIXELS, task.tile_blocks = MOST_BLOCKS;
-  }
-#endif
+  choose_multiply(task);
   merge_pixels(task);
   choose_bands(task);
   const Parts parts = choose_parts(task);
@@ -186,12 +169,12 @@ void run(Task& task, ScalarType dtype) {
   with_type(dtype, [&](auto type) { run_units<decltype(type)>(task, parts, sizeof(type)); });
 }
 
-Tensor new_output(const Task& task, const Tensor& like, ScalarType dtype, bool channels_last) {
-  return new_map(like, {task.batch, task.all_outputs(), task.out_height, task.out_width}, dtype, channels_last);
+Tensor new_output(const Task& task, ScalarType dtype, bool channels_last) {
+  return new_map({task.batch, task.all_outputs(), task.out_height, task.out_width}, dtype, channels_last);
 }
 
 Weight contiguous_weight(const Tensor& blocks, const Tensor& sums) {
-  return {torch::stable::contiguous(blocks), torch::stable::contiguous(sums)};
+  return {as_contiguous(blocks), as_contiguous(sums)};
 }
 
 Activation activation_of(const std::string& name) {
@@ -203,18 +186,18 @@ Activation activation_of(const std::string& name) {
 Tensor forward(const Tensor& given_signs, const Tensor& blocks, const Tensor& sums, int64_t channels,
                const Sizes& stride, const Sizes& padding, const Sizes& dilation, const Maybe& given_rows, bool relu,
                std::string activation, const Maybe& given_residual, ScalarType dtype, bool channels_last) {
-  const Tensor signs = torch::stable::contiguous(given_signs);
+  const Tensor signs = as_contiguous(given_signs);
   const Weight weight = contiguous_weight(blocks, sums);
   Task task = make_task(signs, weight, channels, stride, padding, dilation);
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "dtype must be float16, bfloat16 or float32");
   task.activation = activation_of(activation), task.relu = relu, task.channels_last = channels_last;
-  Tensor output = new_output(task, signs, dtype, channels_last), rows, residual;
+  Tensor output = new_output(task, dtype, channels_last), rows, residual;
   if (given_rows) {
     STD_TORCH_CHECK(given_rows->is_cpu() && given_rows->scalar_type() == ScalarType::Float && given_rows->dim() == 2 &&
                         given_rows->size(0) == 7 && given_rows->size(1) == task.all_outputs(),
                     "rows must be float32 (7, O) on the CPU");
-    rows = torch::stable::contiguous(*given_rows), task.epilogue = static_cast<const float*>(rows.const_data_ptr());
+    rows = as_contiguous(*given_rows), task.epilogue = static_cast<const float*>(rows.const_data_ptr());
   }
   if (given_residual && task.epilogue != nullptr) {
     bool fits = given_residual->is_cpu() && given_residual->scalar_type() == dtype && given_residual->dim() == 4;
@@ -230,7 +213,7 @@ Tensor forward(const Tensor& given_signs, const Tensor& blocks, const Tensor& su
 Tensor forward_signs(const Tensor& given_signs, const Tensor& blocks, const Tensor& sums, int64_t channels,
                      const Sizes& stride, const Sizes& padding, const Sizes& dilation, const Tensor& given_thresholds,
                      int64_t groups) {
-  const Tensor signs = torch::stable::contiguous(given_signs), thresholds = torch::stable::contiguous(given_thresholds);
+  const Tensor signs = as_contiguous(given_signs), thresholds = as_contiguous(given_thresholds);
   const Weight weight = contiguous_weight(blocks, sums);
   Task task = make_task(signs, weight, channels, stride, padding, dilation);
   STD_TORCH_CHECK(thresholds.is_cpu() && thresholds.scalar_type() == ScalarType::Int && thresholds.dim() == 2 &&
@@ -248,6 +231,16 @@ Tensor forward_signs(const Tensor& given_signs, const Tensor& blocks, const Tens
 
 }  // namespace
 
+void choose_multiply(Task& task) {
+  task.multiply = TERSOR_FOR_ISA(multiply_bytes);
+  task.tile_pixels = TERSOR_FOR_ISA(TILE_PIXELS), task.tile_blocks = TERSOR_FOR_ISA(TILE_BLOCKS);
+#if defined(__x86_64__)
+  if (has_word_counts()) {
+    task.multiply = x86_64_v4::vpopcntdq::multiply, task.tile_pixels = MOST_PIXELS, task.tile_blocks = MOST_BLOCKS;
+  }
+#endif
+}
+
 Tensor scaled_numbers(const Tensor& signs, const Weight& weight, const Maybe& given_scale, int64_t channels,
                       const Sizes& stride, const Sizes& padding, const Sizes& dilation, ScalarType dtype,
                       bool channels_last) {
@@ -257,10 +250,10 @@ Tensor scaled_numbers(const Tensor& signs, const Weight& weight, const Maybe& gi
     STD_TORCH_CHECK(given_scale->is_cpu() && given_scale->scalar_type() == dtype && given_scale->dim() == 1 &&
                         given_scale->size(0) == task.all_outputs(),
                     "scale must be a CPU tensor (O,) of the dtype of input");
-    scale = torch::stable::contiguous(*given_scale), task.scale = scale.const_data_ptr();
+    scale = as_contiguous(*given_scale), task.scale = scale.const_data_ptr();
   }
   task.channels_last = channels_last;
-  Tensor output = new_output(task, signs, dtype, channels_last);
+  Tensor output = new_output(task, dtype, channels_last);
   task.output = output.mutable_data_ptr();
   if (output.numel() > 0) run(task, dtype);
   return output;

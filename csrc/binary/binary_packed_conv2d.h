@@ -5,16 +5,18 @@
 
 namespace tersor::binary {
 
+constexpr int64_t MOST_TERMS = int64_t{1} << 23;  // of a sum
 constexpr int MOST_PIXELS = 4;                  // of a tile
 constexpr int MOST_BLOCKS = 4;                  // of output channels, of a tile
 constexpr int MOST_OUTPUTS = MOST_BLOCKS * BLOCK;
+constexpr int64_t STRIP = 4;                    // pixels that get all of their channels at once
 
 enum class Activation : int { none, hardtanh, prelu };
 
 struct Task;
-// Sums of a tile: sums[p * MOST_OUTPUTS + o] for `blocks` blocks of outputs.
-using Multiply = void (*)(const Task&, const int64_t* const pixels[MOST_PIXELS], const int64_t* weight, int blocks,
-                          bool zeros, int32_t* sums);
+// Sums of a tile: sums[p * MOST_OUTPUTS + o] for one pixel, or all of a tile, and `blocks` blocks of outputs.
+using Multiply = void (*)(const Task&, bool one_pixel, const int64_t* const pixels[MOST_PIXELS], const int64_t* weight,
+                          int blocks, bool zeros, int32_t* sums);
 
 struct Task {
   int64_t batch, groups, words, channels, outputs;  // words, channels and outputs of one group
@@ -57,9 +59,39 @@ struct Task {
   int64_t bands() const { return (out_height + band - 1) / band; }
 };
 
+// Whether a weight of a block, counted through all groups, is zero; of a weight with two planes. Inlined, so that it is
+// compiled for its caller's instruction set.
+__attribute__((always_inline)) inline bool has_zero_weight(const Task& task, int64_t block) {
+  const uint64_t last = task.channels % WORD ? (uint64_t{1} << task.channels % WORD) - 1 : ~uint64_t{0};
+  const int64_t outputs = std::min(BLOCK, task.outputs - block % task.blocks * BLOCK);
+  const int64_t* nonzero = task.weight + task.weight_plane + block * task.block_words();
+  uint64_t missing[BLOCK] = {}, any = 0;
+  for (int64_t tap = 0; tap < task.taps(); ++tap) {
+    for (int64_t w = 0; w < task.words; ++w, nonzero += BLOCK) {
+      const uint64_t all = w + 1 == task.words ? last : ~uint64_t{0};
+      for (int64_t o = 0; o < BLOCK; ++o) missing[o] |= static_cast<uint64_t>(nonzero[o]) ^ all;
+    }
+  }
+  for (int64_t o = 0; o < outputs; ++o) any |= missing[o];
+  return any != 0;
+}
+
+// Sets multiply and the sizes of its tiles, for this processor.
+void choose_multiply(Task& task);
+
 // Output rows [first_row, end_row) of an image, and blocks [first_block, end_block) of all groups' blocks.
 struct Unit {
   int64_t image, first_row, end_row, first_block, end_block;
+};
+
+// Output channels that are summed up together.
+struct Tile {
+  int blocks, outputs;
+  bool zeros;           // whether a weight is zero
+  int64_t channel;      // the first of all
+  const int64_t* weight;
+  int32_t* tap_sums;    // [taps][MOST_OUTPUTS]: what a tap outside has added to a sum, taken negative
+  int32_t* thresholds;  // [3][MOST_OUTPUTS]
 };
 
 struct Scratch {
@@ -68,8 +100,9 @@ struct Scratch {
   bool* zeros;          // of the copy's pixels: whether a sign inside the image is zero
   bool* meets;          // whether the window of a pixel meets such a one
   bool* border;         // whether the window of a pixel reaches out of the image
-  int32_t* tap_sums;    // [taps][outputs of a tile]: what a tap outside has added to a sum, taken negative
-  int32_t* thresholds;  // [3][outputs of a tile]
+  Tile* tiles;
+  int32_t* tap_sums;    // of all tiles
+  int32_t* thresholds;
   void* columns;        // numbers of a tile's channels, pixel after pixel, for an output that is not channels-last
 };
 

@@ -88,8 +88,8 @@ void by_sample(int64_t samples, int64_t size, const F& first_pass, const G& betw
 }
 
 Tensor laid_out_like(const Tensor& t, bool channels_last) {
-  if (!channels_last) return torch::stable::empty_like(t);
-  return new_map(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), true);
+  const auto sizes = t.sizes();
+  return new_map({sizes.begin(), sizes.end()}, t.scalar_type(), channels_last);
 }
 
 bool is_dense(const Tensor& t) { return t.is_contiguous() || (t.dim() == 4 && is_channels_last(t)); }
@@ -122,14 +122,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, std::string esti
                                            double interval, bool scaled) {
   STD_TORCH_CHECK(given.is_cpu() && is_floating(given.scalar_type()), "input must be a floating CPU tensor");
   STD_TORCH_CHECK(!scaled || given.dim() == 4, "input must be (N, C, H, W) where it is scaled");
-  const Tensor input = is_dense(given) ? given : torch::stable::contiguous(given);
+  const Tensor input = is_dense(given) ? given : as_contiguous(given);
   Tensor output = laid_out_like(input, input.dim() == 4 && is_channels_last(input));
   const int64_t count = input.numel();
   const bool bits = estimator == "ste" && !scaled;
-  Tensor inside = torch::stable::new_empty(input, {bits ? (count + 7) / 8 : 0}, ScalarType::Byte);
+  Tensor inside = new_tensor({bits ? (count + 7) / 8 : 0}, ScalarType::Byte);
   const ScalarType exact = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor statistics = scaled ? torch::stable::new_empty(input, {input.size(0), 2}, exact)
-                             : torch::stable::new_empty(input, {0}, exact);
+  Tensor statistics = new_tensor(scaled ? Sizes{input.size(0), 2} : Sizes{0}, exact);
   if (count == 0) return {output, inside, statistics};
   with_type(input.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -177,7 +176,7 @@ Tensor backward(const Tensor& given_grad, const Maybe& given_input, const Maybe&
   STD_TORCH_CHECK(given_grad.is_cpu() && is_floating(dtype), "grad_output must be a floating CPU tensor");
   STD_TORCH_CHECK(!channels_last || given_grad.dim() == 4, "channels_last must be of four dimensions");
   const auto arranged = [&](const Tensor& tensor) {
-    return channels_last ? in_format(tensor, true) : torch::stable::contiguous(tensor);
+    return channels_last ? in_format(tensor, true) : as_contiguous(tensor);
   };
   const Tensor grad = arranged(given_grad);
   const int64_t count = grad.numel();
@@ -192,7 +191,7 @@ Tensor backward(const Tensor& given_grad, const Maybe& given_input, const Maybe&
     STD_TORCH_CHECK(given_inside && given_inside->is_cpu() && given_inside->scalar_type() == ScalarType::Byte &&
                         given_inside->numel() == (count + 7) / 8,
                     "inside must be one bit per element where input is not given");
-    inside = torch::stable::contiguous(*given_inside);
+    inside = as_contiguous(*given_inside);
   }
   if (given_statistics) {
     const ScalarType exact = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -200,7 +199,7 @@ Tensor backward(const Tensor& given_grad, const Maybe& given_input, const Maybe&
                         given_statistics->scalar_type() == exact && given_statistics->dim() == 2 &&
                         given_statistics->size(0) == grad.size(0) && given_statistics->size(1) == 2,
                     "statistics must be (N, 2), with input");
-    statistics = torch::stable::contiguous(*given_statistics);
+    statistics = as_contiguous(*given_statistics);
   }
   if (count == 0) return output;
   with_type(dtype, [&](auto type) {

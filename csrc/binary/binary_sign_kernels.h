@@ -10,30 +10,76 @@ TERSOR_INLINE Vec<A> magnitude_of(Vec<A> x) {
   return x < 0 ? -x : x;
 }
 
+// -1, 0 or 1; 0 for NaN.
+template <class A>
+TERSOR_INLINE Vec<A> sign_of(Vec<A> x) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) {  // 1 with the sign of x, where x is not 0
+    const __mmask16 any = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN), one = _mm512_set1_epi32(0x3f800000);
+    return (Vec<A>)_mm512_maskz_ternarylogic_epi32(any, (__m512i)x, sign, one, 0xea);
+  }
+#endif
+  const Vec<A> below = x < 0 ? splat(A(-1)) : Vec<A>{};
+  return x > 0 ? splat(A(1)) : below;
+}
+
+// A bit for each lane: whether |x| is at most t.
+template <class A>
+TERSOR_INLINE uint32_t lies_within(Vec<A> x, A t) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(t), _CMP_LE_OQ);
+#endif
+  return to_bits<A>(magnitude_of<A>(x) <= t);
+}
+
+// v where the lane's bit is set, else 0.
+template <class A>
+TERSOR_INLINE Vec<A> keep_set(Vec<A> v, uint32_t bits) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+#endif
+  return from_bits<A>(bits) != 0 ? v : Vec<A>{};
+}
+
 // Signs of elements [first, end), and whether each lies within t.
-template <class T, class A>
-static void sign_range(const Sign& task, int64_t first, int64_t end) {
+template <class T, class A, bool INSIDE>
+TERSOR_INLINE void sign_elements(const Sign& task, int64_t first, int64_t end) {
   constexpr int lanes = Simd<A>::lanes;
   const T* const input = static_cast<const T*>(task.input);
   T* const output = static_cast<T*>(task.output);
   const A t = static_cast<A>(task.t);
-  for (int64_t i = first; i < end; i += lanes) {
-    const int count = static_cast<int>(std::min<int64_t>(lanes, end - i));
-    const Vec<A> x = load_as<A>(input + i, count);
-    const Vec<A> ones = x < 0 ? splat(A(-1)) : Vec<A>{};
-    store_as<A>(output + i, x > 0 ? splat(A(1)) : ones, count);
-    if (task.inside != nullptr) {
-      uint32_t bits = to_bits<A>(magnitude_of<A>(x) <= t);
-      if (count < lanes) bits &= (1u << count) - 1;
+  int64_t i = first;
+  for (; i + lanes <= end; i += lanes) {
+    const Vec<A> x = widen(input + i);
+    narrow(output + i, sign_of<A>(x));
+    if constexpr (INSIDE) {
+      const uint32_t bits = lies_within<A>(x, t);
       if constexpr (lanes >= 8) {
-        const auto pair = static_cast<uint16_t>(bits);
-        std::memcpy(task.inside + i / 8, &pair, count > 8 ? 2 : 1);
+        std::memcpy(task.inside + i / 8, &bits, lanes / 8);
       } else {
         uint8_t& byte = task.inside[i / 8];
         byte = static_cast<uint8_t>((i % 8 == 0 ? 0u : byte) | bits << i % 8);
       }
     }
   }
+  if (i == end) return;
+  const int count = static_cast<int>(end - i);
+  const Vec<A> x = widen_first(input + i, count);
+  narrow_first(output + i, sign_of<A>(x), count);
+  if constexpr (INSIDE) {
+    const uint32_t bits = lies_within<A>(x, t) & ((1u << count) - 1);
+    for (int b = 0; b < count; b += 8) {
+      uint8_t& byte = task.inside[(i + b) / 8];
+      byte = static_cast<uint8_t>((i % 8 == 0 ? 0u : byte) | bits >> b << i % 8);
+    }
+  }
+}
+
+template <class T, class A>
+static void sign_range(const Sign& task, int64_t first, int64_t end) {
+  if (task.inside != nullptr) sign_elements<T, A, true>(task, first, end);
+  else sign_elements<T, A, false>(task, first, end);
 }
 
 template <class T>
@@ -119,14 +165,17 @@ static void masked_range(const Sign& task, int64_t first, int64_t end) {
   constexpr int lanes = Simd<A>::lanes;
   const T* const grad = static_cast<const T*>(task.grad_output);
   T* const output = static_cast<T*>(task.output);
-  for (int64_t i = first; i < end; i += lanes) {
-    const int count = static_cast<int>(std::min<int64_t>(lanes, end - i));
+  const auto bits_at = [&](int64_t i, int count) {
     uint32_t bits = task.given_inside[i / 8];
     if constexpr (lanes > 8) bits |= count > 8 ? static_cast<uint32_t>(task.given_inside[i / 8 + 1]) << 8 : 0;
     if constexpr (lanes < 8) bits >>= i % 8;
-    const auto inside = from_bits<A>(bits & ((1u << lanes) - 1)) != 0;
-    store_as<A>(output + i, inside ? load_as<A>(grad + i, count) : Vec<A>{}, count);
-  }
+    return bits & ((1u << lanes) - 1);
+  };
+  int64_t i = first;
+  for (; i + lanes <= end; i += lanes) narrow(output + i, keep_set<A>(widen(grad + i), bits_at(i, lanes)));
+  if (i == end) return;
+  const int count = static_cast<int>(end - i);
+  narrow_first(output + i, keep_set<A>(widen_first(grad + i, count), bits_at(i, count)), count);
 }
 
 template <class T>

@@ -17,19 +17,18 @@ Tensor pack(const Tensor& input, const Maybe& shift, int64_t groups) {
   // Either the channels of a pixel lie side by side, or the pixels of a channel.
   const bool by_pixel = input.stride(1) == 1 && map.channels > 1;
   const bool by_channel = (map.width == 1 || input.stride(3) == 1) && (map.height == 1 || input.stride(2) == map.width);
-  const Tensor x = by_pixel || by_channel ? input : torch::stable::contiguous(input);
+  const Tensor x = by_pixel || by_channel ? input : as_contiguous(input);
   map.stride_n = x.stride(0), map.stride_c = x.stride(1), map.stride_h = x.stride(2), map.stride_w = x.stride(3);
   Tensor add;
   if (shift) {
     STD_TORCH_CHECK(shift->is_cpu() && shift->scalar_type() == x.scalar_type() && shift->dim() == 1 &&
                         shift->size(0) == map.channels,
                     "shift must be a CPU tensor (C,) of the dtype of input");
-    add = torch::stable::contiguous(*shift);
+    add = as_contiguous(*shift);
     map.shift = add.const_data_ptr();
   }
   const int64_t words = words_for(map.channels / groups);
-  Tensor signs =
-      torch::stable::new_empty(x, {2, map.batch, map.height, map.width, groups, words}, ScalarType::Long);
+  Tensor signs = new_tensor({2, map.batch, map.height, map.width, groups, words}, ScalarType::Long);
   map.numbers = const_cast<void*>(x.const_data_ptr());
   map.words = static_cast<int64_t*>(signs.mutable_data_ptr());
   if (signs.numel() == 0) return signs;

@@ -51,18 +51,39 @@ TERSOR_INLINE void pack_pixels(const T* from, int64_t stride_c, const T* shift, 
   }
 }
 
+// A bit for each lane: above 0, and neither 0 nor NaN.
+template <class A>
+TERSOR_INLINE std::pair<uint32_t, uint32_t> sign_bits(Vec<A> x) {
+#if TERSOR_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) {
+    const __m512 zero = _mm512_setzero_ps();
+    return {_mm512_cmp_ps_mask((__m512)x, zero, _CMP_GT_OQ), _mm512_cmp_ps_mask((__m512)x, zero, _CMP_NEQ_OQ)};
+  }
+#endif
+  const uint32_t above = to_bits<A>(x > 0);
+  return {above, above | to_bits<A>(x < 0)};
+}
+
 // One word of one pixel whose channels lie side by side.
 template <class T, class A>
 TERSOR_INLINE void pack_word(const T* from, const T* shift, int channels, int64_t* positive, int64_t* nonzero) {
   constexpr int lanes = Simd<A>::lanes;
   uint64_t words[2] = {};
+  if (channels == WORD && shift == nullptr) {  // the plainest case, without branches
+    for (int c = 0; c < WORD; c += lanes) {
+      const auto [above, any] = sign_bits<A>(widen(from + c));
+      words[0] |= static_cast<uint64_t>(above) << c, words[1] |= static_cast<uint64_t>(any) << c;
+    }
+    *positive = static_cast<int64_t>(words[0]), *nonzero = static_cast<int64_t>(words[1]);
+    return;
+  }
   for (int c = 0; c < channels; c += lanes) {
     const int count = std::min(lanes, channels - c);
     Vec<A> x = load_as<A>(from + c, count);
     if (shift != nullptr) x += load_as<A>(shift + c, count);
-    uint32_t above = to_bits<A>(x > 0), below = to_bits<A>(x < 0);
-    if (count < lanes) above &= (1u << count) - 1, below &= (1u << count) - 1;  // the shift may have filled the rest
-    words[0] |= static_cast<uint64_t>(above) << c, words[1] |= static_cast<uint64_t>(above | below) << c;
+    auto [above, any] = sign_bits<A>(x);
+    if (count < lanes) above &= (1u << count) - 1, any &= (1u << count) - 1;  // the shift may have filled the rest
+    words[0] |= static_cast<uint64_t>(above) << c, words[1] |= static_cast<uint64_t>(any) << c;
   }
   *positive = static_cast<int64_t>(words[0]), *nonzero = static_cast<int64_t>(words[1]);
 }

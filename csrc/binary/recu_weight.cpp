@@ -30,11 +30,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Tensor& ta
   check_weight(given);
   STD_TORCH_CHECK(tau.is_cpu() && tau.scalar_type() == ScalarType::Float && tau.numel() == 1,
                   "tau must be a CPU tensor of one float32 number");
-  const Tensor weight = torch::stable::contiguous(given);
+  const Tensor weight = as_contiguous(given);
   const int64_t filters = weight.size(0);
-  Tensor output = torch::stable::empty_like(weight);
-  Tensor statistics = torch::stable::new_empty(weight, {filters, 2}, exact_type(weight));
-  Tensor bound = torch::stable::new_empty(weight, {}, exact_type(weight));
+  Tensor output = new_like(weight);
+  Tensor statistics = new_tensor({filters, 2}, exact_type(weight));
+  Tensor bound = new_tensor({}, exact_type(weight));
   std::vector<double> magnitudes(filters);
   Filters task{};
   task.weight = weight.const_data_ptr(), task.output = output.mutable_data_ptr(), task.size = weight.numel() / filters;
@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const Tensor& ta
 Tensor backward(const Tensor& given_grad, const Tensor& given_weight, const Tensor& given_statistics,
                 const Tensor& bound) {
   check_weight(given_weight);
-  const Tensor weight = torch::stable::contiguous(given_weight), grad = torch::stable::contiguous(given_grad);
-  const Tensor statistics = torch::stable::contiguous(given_statistics);
+  const Tensor weight = as_contiguous(given_weight), grad = as_contiguous(given_grad);
+  const Tensor statistics = as_contiguous(given_statistics);
   const int64_t filters = weight.size(0);
   STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == weight.scalar_type() && grad.numel() == weight.numel(),
                   "grad_output must have the shape and dtype of weight");
@@ -67,7 +67,7 @@ Tensor backward(const Tensor& given_grad, const Tensor& given_weight, const Tens
                       statistics.size(0) == filters && statistics.size(1) == 2 && bound.is_cpu() &&
                       bound.scalar_type() == exact_type(weight) && bound.numel() == 1,
                   "statistics must be (O, 2) and bound one number");
-  Tensor output = torch::stable::empty_like(weight);
+  Tensor output = new_like(weight);
   Filters task{};
   task.weight = weight.const_data_ptr(), task.grad_output = grad.const_data_ptr();
   task.output = output.mutable_data_ptr(), task.size = weight.numel() / filters, task.bound = first_number(bound);

@@ -9,11 +9,11 @@ namespace tersor::binary {
 
 Tensor unpack(const Tensor& given, int64_t channels, ScalarType dtype, bool channels_last) {
   check_words(given, channels);
-  const Tensor signs = torch::stable::contiguous(given);
+  const Tensor signs = as_contiguous(given);
   Map map{};
   map.batch = signs.size(1), map.height = signs.size(2), map.width = signs.size(3), map.groups = signs.size(4);
   map.channels = channels, map.words = const_cast<int64_t*>(static_cast<const int64_t*>(signs.const_data_ptr()));
-  Tensor output = new_map(signs, {map.batch, channels, map.height, map.width}, dtype, channels_last);
+  Tensor output = new_map({map.batch, channels, map.height, map.width}, dtype, channels_last);
   map.numbers = output.mutable_data_ptr();
   map.stride_n = channels * map.pixels();
   map.stride_c = channels_last ? 1 : map.pixels(), map.stride_w = channels_last ? channels : 1;

@@ -9,6 +9,7 @@ from tersor.binary.binary_packed_conv2d import (
     epilogue,
     pack_binary_weight,
 )
+from tersor.binary.binary_packed_linear import binary_packed_linear
 from tersor.binary.binary_sign import approx_sign, binarize_activation, binary_sign, reste_sign, ste_sign
 from tersor.binary.convert import BinaryStep, binary_step, convert_
 from tersor.binary.estimators import Estimator
@@ -41,6 +42,7 @@ __all__ = [
     "binary_linear",
     "binary_packed_conv2d",
     "binary_packed_conv2d_signs",
+    "binary_packed_linear",
     "binary_sign",
     "binary_step",
     "convert_",

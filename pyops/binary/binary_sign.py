@@ -104,9 +104,14 @@ def binarize_activation(input: Tensor, training: bool = True) -> Tensor:
     return call_function(_BinarySign, _dense(input), *APPROX, bool(training))[0]
 
 
+def _is_channels_last(input: Tensor) -> bool:
+    """Contiguity is asked first, which costs a twentieth."""
+    return not input.is_contiguous() and input.dim() == 4 and is_channels_last(input)
+
+
 def _dense(input: Tensor) -> Tensor:
     """As the operator takes it: contiguous or channels-last."""
-    return input if input.dim() == 4 and is_channels_last(input) else input.contiguous()
+    return input if _is_channels_last(input) else input.contiguous()
 
 
 def _as_laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
@@ -126,7 +131,7 @@ def _reference(
         output = torch.where((rstd > 0).view(-1, 1, 1, 1), output, 0)
     elif estimator == "ste":
         near = exact.abs() <= torch.tensor(t, dtype=input.dtype, device=input.device).to(exact.dtype)
-        inside = pack_mask(_as_laid_out(near, input.dim() == 4 and is_channels_last(input)))
+        inside = pack_mask(_as_laid_out(near, _is_channels_last(input)))
     return _dense(output), inside, statistics
 
 
@@ -174,7 +179,7 @@ def _empty(input: Tensor, channels_last: bool) -> Tensor:
 def _fake(
     input: Tensor, estimator: str, o: float, t: float, interval: float, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = _empty(input, input.dim() == 4 and is_channels_last(input))
+    output = _empty(input, _is_channels_last(input))
     bits = (input.numel() + 7) // 8 if estimator == "ste" and not scaled else 0
     dtype = accumulate_dtype(input.dtype)
     statistics = input.new_empty((input.shape[0], 2) if scaled else (0,), dtype=dtype)
@@ -206,7 +211,7 @@ class _BinarySign(torch.autograd.Function):
         _, inside, statistics = output
         ctx.mark_non_differentiable(inside, statistics)
         ctx.set_materialize_grads(False)
-        ctx.channels_last = input.dim() == 4 and is_channels_last(input)
+        ctx.channels_last = _is_channels_last(input)
         bits = ctx.rule[0] == "ste" and not scaled
         ctx.save_for_backward(None if bits else input, inside if bits else None, statistics if scaled else None)
 

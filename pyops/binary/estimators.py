@@ -79,12 +79,12 @@ def check_estimator(where: str, estimator: Any) -> Estimator:
         return estimator
     for key in ("t",) if estimator.name == "ste" else ("o", "t", "interval"):
         value = getattr(estimator, key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise TypeError(f"{where}: {key} must be a number, got {type(value).__name__}")
     if estimator.name == "ste":
         if not estimator.t > 0:
             raise ValueError(f"{where}: t must be above 0, got {estimator.t}")
-        return estimator._replace(t=float(estimator.t))
+        return estimator if type(estimator.t) is float else estimator._replace(t=float(estimator.t))
     if not 1 <= estimator.o < math.inf:
         raise ValueError(f"{where}: o must be at least 1 and finite, got {estimator.o}")
     if not estimator.interval > 0:

@@ -15,12 +15,12 @@ from tersor.binary.binary_packed_conv2d import (
     ROWS,
     Epilogue,
     PackedBinaryWeight,
-    binary_packed_conv2d,
     convolve,
     convolve_to_signs,
     epilogue,
     pack_binary_weight,
 )
+from tersor.binary.binary_packed_linear import multiply
 from tersor.binary.layers import BinaryConv2d, BinaryLayer, BinaryLinear, ChannelBias, ReCUConv2d, _amounts
 from tersor.binary.pack_signs import PackedSigns, pack_signs
 from tersor.freezing.mask import mask_size, pack_mask, unpack_mask
@@ -220,15 +220,7 @@ class PackedBinaryLinear(_Packed):
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
-        check_floating("PackedBinaryLinear", input=input)
-        if not input.dim() or input.shape[-1] != self.shape[1]:
-            raise ValueError(f"PackedBinaryLinear: input must be (..., {self.shape[1]}), got {tuple(input.shape)}")
-        rows = input.reshape(-1, input.shape[-1])
-        signs = pack_signs(rows[:, :, None, None])
-        weight = self.packed_weight()
-        assert self.full_rows is not None
-        output = binary_packed_conv2d(signs, weight, epilogue=Epilogue(self.full_rows), dtype=input.dtype)
-        return output.reshape(*input.shape[:-1], self.shape[0])
+        return multiply("PackedBinaryLinear", input, self.packed_weight(), self.rows)
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]}, {self.shape[0]}"

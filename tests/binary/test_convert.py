@@ -94,7 +94,7 @@ def test_single_layers(kind: str, bias: bool) -> None:
 def test_linear(scale: str | None, bias: bool) -> None:
     packed = check(BinaryLinear(70, 9, bias=bias, scale=scale), torch.randn(2, 3, 70))
     assert isinstance(packed, PackedBinaryLinear)
-    with pytest.raises(ValueError, match=r"PackedBinaryLinear: input must be \(\.\.\., 70\), got \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"PackedBinaryLinear: input must be \(\.\.\., 70\), got shape \(2, 7\)"):
         packed(torch.randn(2, 7))
 
 
