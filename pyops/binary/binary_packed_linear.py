@@ -56,8 +56,7 @@ def multiply(where: str, input: Tensor, weight: PackedBinaryWeight, affine: Tens
         raise ValueError(f"{where}: input must be (..., {channels}), got shape {tuple(input.shape)}")
     if blocks.device != input.device:
         raise ValueError(f"{where}: input must be on the device of weight {blocks.device}, got {input.device}")
-    input = input.detach() if input.requires_grad else input
-    return _binary_packed_linear.without_gradient(input, blocks, sums, affine)
+    return _binary_packed_linear.inference(input, blocks, sums, affine)
 
 
 def _check_affine(where: str, affine: Any, weight: PackedBinaryWeight) -> None:

@@ -196,3 +196,10 @@ def test_the_operator_protects_memory() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"weight must be|affine must be"):
             raw(*arguments)
+
+
+def test_has_no_derivative() -> None:
+    packed = pack_binary_weight(torch.randn(4, 10, 1, 1))
+    output = binary_packed_linear(torch.randn(3, 10, requires_grad=True), packed)
+    with pytest.raises(RuntimeError, match="binary_packed_linear has no derivative"):
+        output.sum().backward()
