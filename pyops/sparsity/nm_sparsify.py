@@ -88,7 +88,7 @@ def check_scores(
         rows = "G" if groups is None else groups
         raise ValueError(f"{where}: scores must have shape ({rows}, {columns}), got {tuple(scores.shape)}")
     if combinations is not None:
-        _check_combinations(where, combinations, scores, combination_dtype(n, m))
+        check_combinations(where, combinations, scores, combination_dtype(n, m))
     if weight is not None:
         if scores.dtype != exact_dtype(weight.dtype):
             raise TypeError(f"{where}: scores must be {exact_dtype(weight.dtype)}, got {scores.dtype}")
@@ -96,7 +96,8 @@ def check_scores(
             raise ValueError(f"{where}: scores must be on the device of weight {weight.device}, got {scores.device}")
 
 
-def _check_combinations(where: str, combinations: Any, scores: Tensor, dtype: torch.dtype) -> None:
+def check_combinations(where: str, combinations: Any, scores: Tensor, dtype: torch.dtype) -> None:
+    """Raises unless ``combinations`` are the numbers of compact ``scores``, which are not looked at."""
     if not isinstance(combinations, Tensor):
         raise TypeError(f"{where}: combinations must be a tensor, got {type(combinations).__name__}")
     if combinations.dtype != dtype:

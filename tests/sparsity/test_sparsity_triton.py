@@ -263,10 +263,21 @@ CASES = [
 ]
 
 
+CASES += [
+    ahead.Case(*case)
+    for module in (nm_sparsify, nm_remove)
+    for case in module.ahead_of_time_cases(odd=True)
+    if case[1].endswith((" left", " left fp16"))
+]
+
+
 @compiled
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.name} {c.label}".replace(" ", "_") for c in CASES])
-def test_channels_first_compiles_without_spills(case, tmp_path):
-    """Its loads are single, which the general test would refuse, as it would 8 bytes of stack that nothing accesses."""
+def test_single_loads_compile_without_spills(case, tmp_path):
+    """Channels first, and an odd number of scores: loads are single, which the general test would refuse.
+
+    As it would 8 bytes of stack that nothing accesses.
+    """
     assert ahead.compile_case(case, 90, tmp_path).spills <= 8
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([tool, "-sass", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
