@@ -200,9 +200,10 @@ def chunks(count: int) -> dict[str, int]:
     return {"COUNT": count, "CHUNK": min(triton.next_power_of_2(count), CHUNK)}
 
 
-def few(count: int, odd: bool) -> int:
-    """How many scores are stored in the ahead-of-time cases of compact ones: with or without whole vectors of them."""
-    return max(1, count // 3 | 1) if odd else 1 << (count // 2).bit_length() - 1
+def stored_counts(n: int, m: int, compact: bool) -> tuple[int, ...]:
+    """How many scores a group has in the ahead-of-time cases: all, or an odd number and one that makes vectors."""
+    count = math.comb(m, n)
+    return (count // 3 | 1, 1 << (count // 2).bit_length() - 1) if compact else (count,)
 
 
 @functools.cache

@@ -26,11 +26,11 @@ from tersor.triton_kernels.quantization._fake_quantize import OPTIONS, Case
 from tersor.triton_kernels.sparsity._groups import (
     ELEMENTS,
     check_triton_scores,
-    few,
     first_group,
     kept_by,
     patterns,
     store_words,
+    stored_counts,
 )
 
 FEW = tl.constexpr(16)  # combinations that are ranked by comparing all with all
@@ -134,12 +134,13 @@ def _tile(count: int, m: int) -> dict[str, int]:
     return {"COUNT": count, "CHUNK": chunk, "M": m, "WIDTH": width, "GROUPS": ELEMENTS // max(chunk, width)}
 
 
-def ahead_of_time_cases(odd: bool = False) -> Iterator[Case]:
-    """What the ahead-of-time test compiles; ``odd`` numbers of compact scores are single loads."""
+def ahead_of_time_cases(compact: bool = False) -> Iterator[Case]:
+    """What the ahead-of-time test compiles; compact scores look their positions up, which are single loads."""
     signature = {"scores": "*fp32:16", "patterns": "*i32:16", "mask": "*u8:16", "groups": "i32", "k": "i32"}
     for n, m in ((2, 4), (1, 4), (2, 8), (4, 8), (1, 16), (4, 16)):
-        count = math.comb(m, n)
-        yield _kernel, f"{n}:{m}", signature, {"numbers": None, **_tile(count, m)}, OPTIONS
-        left = few(count, odd)
-        compact = signature | {"numbers": "*u8:16" if count <= 256 else "*i16:16"}
-        yield _kernel, f"{n}:{m} {left} left", compact, _tile(left, m), OPTIONS
+        numbers = "*u8:16" if math.comb(m, n) <= 256 else "*i16:16"
+        for count in stored_counts(n, m, compact):
+            if compact:
+                yield _kernel, f"{n}:{m} {count} stored", signature | {"numbers": numbers}, _tile(count, m), OPTIONS
+            else:
+                yield _kernel, f"{n}:{m}", signature, {"numbers": None, **_tile(count, m)}, OPTIONS

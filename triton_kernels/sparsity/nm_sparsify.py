@@ -7,6 +7,8 @@ forward   2 u M + 4 C, with a mask given 2 u M + M / 8; the mask M / 8
 backward  3 u M + 8 C + M / 8
 ========  =======================================================================
 
+Of compact scores C is the number stored, each with 1 or 2 bytes of its number besides, wherever scores are read.
+
 What a combination's gradient costs is C M multiplications and additions a group: 24 at 2:4, 560 at 4:8.
 """
 
@@ -15,8 +17,8 @@ What a combination's gradient costs is C M multiplications and additions a group
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +31,6 @@ from tersor.triton_kernels.sparsity._groups import (
     Groups,
     cases,
     chunks,
-    few,
     first_group,
     kept_by,
     load_words,
@@ -37,6 +38,7 @@ from tersor.triton_kernels.sparsity._groups import (
     places,
     spread,
     store_words,
+    stored_counts,
 )
 
 
@@ -134,22 +136,20 @@ def nm_sparsify_backward(
     return groups.returned(grad_weight), grad_scores
 
 
-def ahead_of_time_cases(layout: dict[str, int] = IN_ORDER, odd: bool = False) -> Iterator[Case]:
-    """What the ahead-of-time test compiles: weights in the groups' order unless told otherwise.
+def ahead_of_time_cases(layout: dict[str, int] = IN_ORDER, compact: bool = False) -> Iterator[Case]:
+    """What the ahead-of-time test compiles: all scores, weights in the groups' order, unless told otherwise.
 
-    ``odd`` numbers of compact scores are single loads.
+    Compact scores look their positions up, which are single loads.
     """
     kinds = dict.fromkeys(("scores", "grad_scores"), "*fp32:16") | {"patterns": "*i32:16", "given": "*u8:16"}
     kinds["numbers"] = "*u8:16"
-    shapes = [(2, 4), (1, 4), (2, 8), (4, 8), (1, 16)]
-    full, compact = {}, {}
-    for n, m in shapes:
-        count = math.comb(m, n)
-        left = few(count, odd)
-        full[f"{n}:{m}"] = n, m, {"numbers": None, **chunks(count)}
-        compact[f"{n}:{m} {left} left"] = n, m, {**chunks(left)}
-    variants = full | compact
-    for suffix, given in ("", {"given": None}), (" given", {}):
-        labelled = {f"{label}{suffix}": (n, m, own | given) for label, (n, m, own) in variants.items()}
-        yield from cases(_forward_kernel, labelled, kinds, ["weight", "output"], layout)
+    variants: dict[str, tuple[int, int, dict[str, Any]]] = {}
+    for n, m in ((2, 4), (1, 4), (2, 8), (4, 8), (1, 16)):
+        for count in stored_counts(n, m, compact):
+            label = f"{n}:{m} {count} stored" if compact else f"{n}:{m}"
+            variants[label] = n, m, chunks(count) if compact else {"numbers": None, **chunks(count)}
+    forward: dict[str, tuple[int, int, dict[str, Any]]] = {}
+    for label, (n, m, own) in variants.items():
+        forward[label], forward[f"{label} given"] = (n, m, {"given": None, **own}), (n, m, own)
+    yield from cases(_forward_kernel, forward, kinds, ["weight", "output"], layout)
     yield from cases(_backward_kernel, variants, kinds, ["grad_output", "weight", "grad_weight"], layout)
