@@ -19,7 +19,9 @@ COLORS = ("#666666", "#d62728", "#1f77b4", "#2ca02c")
 def draw(folder: Path, groups: Mapping[str, Mapping[str, Sequence[Found]]]) -> Path:
     """``compact.png``: what the scores of each pattern take over the epochs, full and compact."""
     path = folder / "compact.png"
-    figure, axes = plt.subplots(1, len(groups), figsize=(2.6 * len(groups) + 1, 3.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(2.6 * len(groups) + 1, 3.2), layout="constrained", squeeze=False
+    )
     for axis, (pattern, kinds) in zip(axes[0], groups.items(), strict=True):
         for number, (kind, runs) in enumerate(kinds.items()):
             values = runs[0].bytes

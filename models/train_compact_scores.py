@@ -4,8 +4,8 @@
 
 From the same initial weights and on the same batches, for every pattern: a network all of whose scores stay stored, as
 published, and networks whose schedule drops for good what an epoch has removed, storing less each time a share of the
-scores is left. Writes a table (``compact.md``), all figures (``compact.json``) and a picture (``compact.png``). Needs the
-extra ``tersor[demo]``.
+scores is left. Writes a table (``compact.md``), all figures (``compact.json``) and a picture (``compact.png``). Needs
+the extra ``tersor[demo]``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from tersor.models._command import (
     PHOTOGRAPHS,
@@ -117,7 +115,9 @@ def _train(console: Console, config: Config, kind: str) -> Found:
 
 def _rows(groups: Mapping[str, Mapping[str, Sequence[Found]]]) -> list[list[str]]:
     """The table: a header, then a row for every pattern and way to store."""
-    rows = [["pattern", "scores", "bytes, first", "mean", "last", "scores of a group", "returned", "accuracy (%)", "- full"]]
+    rows = [
+        ["pattern", "scores", "bytes, first", "mean", "last", "scores of a group", "returned", "accuracy (%)", "- full"]
+    ]
     for name, kinds in groups.items():
         for kind, runs in kinds.items():
             sizes = runs[0].bytes
@@ -145,12 +145,12 @@ def _rows(groups: Mapping[str, Mapping[str, Sequence[Found]]]) -> list[list[str]
 
 TITLE = "Compact scores: what LBC's scores take over a training run"
 CAPTION = (
-    "Bytes per N:M weight of the scores, their gradients, the optimiser's momentum of them and, compact, their numbers: "
-    "at the end of the first epoch, mean of all epochs, of the last. Scores are frozen at half of the epochs and have no "
-    "gradient from then on. Scores of a group: how many are stored, one after the other. Returned, of full scores: the "
-    "largest share of groups that at the end of an epoch keep a combination which was removed up to its start, which "
-    "compact scores rule out. Accuracy: mean and standard deviation of the seeds; - full: mean of their differences and "
-    "its standard error."
+    "Bytes per N:M weight of the scores, their gradients, the optimiser's momentum of them and, compact, their "
+    "numbers: at the end of the first epoch, mean of all epochs, of the last. Scores are frozen at half of the epochs "
+    "and have no gradient from then on. Scores of a group: how many are stored, one after the other. Returned, of full "
+    "scores: the largest share of groups that at the end of an epoch keep a combination which was removed up to its "
+    "start, which compact scores rule out. Accuracy: mean and standard deviation of the seeds; - full: mean of their "
+    "differences and its standard error."
 )
 
 

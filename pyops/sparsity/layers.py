@@ -83,10 +83,9 @@ def _store_as_saved(layer: Any, saved: dict[str, Any], prefix: str, *others: Any
         errors.append(f"{prefix}combinations must be {expected} of shape ({groups}, 1 to {count}), got {given}")
         return
     wide = numbers.to(torch.int16)
-    if not wide.is_meta and wide.numel():
-        if int(wide.min()) < 0 or int(wide.max()) >= count or not bool((wide.diff(dim=1) > 0).all()):
-            errors.append(f"{prefix}combinations must ascend from 0 to at most {count - 1} in each group")
-            return
+    if not wide.is_meta and not ((wide >= 0) & (wide < count)).all().logical_and((wide.diff(dim=1) > 0).all()):
+        errors.append(f"{prefix}combinations must ascend from 0 to at most {count - 1} in each group")
+        return
     if layer.combinations is None or layer.combinations.shape != numbers.shape:
         storage = layer.alpha.new_empty(numbers.shape)
         layer.store_(storage.detach(), torch.empty_like(numbers, device=storage.device))
@@ -219,8 +218,8 @@ class NMSchedule:
             may have moved off zero, as published. Dropped scores are not stored, nor the optimiser's state of them;
             every parameter stays the same object. For optimisers like SGD and Adam, which move each element by
             its own state; not under DistributedDataParallel or FSDP, nor with a step captured as a CUDA graph.
-        share: of ``compact``: stores less where at most this share of the stored scores is left. Decides on memory only;
-            with 0 all stay stored.
+        share: of ``compact``: stores less where at most this share of the stored scores is left. Decides on memory
+            only; with 0 all stay stored.
 
     Raises:
         TypeError, ValueError: ``model`` has no such layer, or an option is not as stated.

@@ -59,7 +59,7 @@ def expand_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     Raises:
         ValueError: as for the argument ``compact`` of :class:`NMSchedule`.
     """
-    layers = [m for m in model.modules() if hasattr(m, "full_scores") and m.combinations is not None]
+    layers: list[Any] = [x for x in model.modules() if getattr(x, "combinations", None) is not None]
     if optimizer is not None:
         check_states("expand_", layers, optimizer)
     for layer in layers:

@@ -248,7 +248,7 @@ def test_optimisers_that_are_refused() -> None:
     model = nn.Sequential(NMLinear(8, 8))
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got Sequential"):
         NMSchedule(model, 3, compact=model)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="share must be from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"share must be from 0 to 1, got 1\.5"):
         NMSchedule(model, 3, compact=SGD(model.parameters(), 0.1), share=1.5)
     with pytest.raises(ValueError, match="must train the scores of all layers, got one without NMLinear"):
         NMSchedule(model, 3, compact=SGD([model[0].weight], 0.1))  # type: ignore[list-item]

@@ -53,7 +53,8 @@ def _alive_words(
         j = begin + tl.arange(0, CHUNK)
         there = (first + group < groups) & (j < COUNT)[None, :]
         score = tl.load(scores + first * COUNT + (group * COUNT + j[None, :]), mask=there, other=0.0)
-        words |= tl.reduce_or(tl.where(score != 0.0, kept_by(numbers, patterns, first, j, there, COUNT, GROUPS), 0), axis=1)
+        pattern = kept_by(numbers, patterns, first, j, there, COUNT, GROUPS)
+        words |= tl.reduce_or(tl.where(score != 0.0, pattern, 0), axis=1)
     return words
 
 
