@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from tersor.sparsity.nm_pattern import combination_dtype
 from tersor.sparsity.nm_remove import nm_remove_
@@ -75,6 +75,8 @@ def check_states(where: str, layers: Iterable[Any], optimizer: Optimizer) -> Non
     """Raises unless the optimiser's state of every layer's scores can be made smaller and larger with them."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{where}: the optimiser must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, LBFGS):  # which keeps all in one vector, with its first parameter
+        raise ValueError(f"{where}: the optimiser must keep the state of each parameter apart, got LBFGS")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
         alpha = layer.alpha
