@@ -177,7 +177,7 @@ def test_resumption_bit_for_bit(saved: int, optimizer: str) -> None:
         for parameter in each.model.parameters():
             parameter.requires_grad_(True)
         each.model.load_state_dict(model)
-        each.optimizer.load_state_dict(state)
+        each.optimizer.load_state_dict(copy.deepcopy(state))  # which would share its tensors
     for each in (whole, *again):
         each.schedule.start_epoch(saved)
         for number in range(1, STEPS):
