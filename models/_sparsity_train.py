@@ -43,11 +43,13 @@ class Config:
     width: int = 32
     test_patches: int = 1024
     threads: int = 1
+    share: float | None = None  # of NMSchedule, whose scores are then compact
 
     @property
     def name(self) -> str:
         pattern = f"_{self.pattern.replace(':', 'of')}" if self.pattern else ""
-        return f"{self.method}{pattern}_seed{self.seed}"
+        share = "" if self.share is None else f"_share{self.share:g}"
+        return f"{self.method}{pattern}{share}_seed{self.seed}"
 
     def state_file(self, output: Path) -> Path:
         return output / f"state_{self.name}.safetensors"
@@ -73,8 +75,12 @@ class Config:
                 parametrize.register_parametrization(layer, "weight", SrSte(n, m))
         return model
 
-    def schedule(self, model: nn.Module) -> NMSchedule | None:
-        return NMSchedule(model, self.final_epoch(), POWER, freeze=True) if self.method == "lbc" else None
+    def schedule(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> NMSchedule | None:
+        if self.method != "lbc":
+            return None
+        if self.share is None or optimizer is None:
+            return NMSchedule(model, self.final_epoch(), POWER, freeze=True)
+        return NMSchedule(model, self.final_epoch(), POWER, freeze=True, compact=optimizer, share=self.share)
 
 
 @dataclasses.dataclass
@@ -95,12 +101,12 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.model = config, config.build()
-        self.schedule = config.schedule(self.model)
         parameters = list(self.model.parameters())
         weights = [p for p in parameters if p.dim() > 1]  # and the scores of LBC, as published
         others = [p for p in parameters if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.SGD(groups, lr=RATE, momentum=MOMENTUM, fused=True)
+        self.schedule = config.schedule(self.model, self.optimizer)
 
     def epoch(self, epoch: int, progress: Progress, report: Callable[[int], None]) -> None:
         """Every epoch has its own randomness, from the seed and its number."""

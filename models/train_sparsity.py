@@ -90,7 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--iterations", type=between(1, 1_000_000), default=160, help="steps per epoch (default 160)")
     add("--batch-size", type=between(2, 4096), default=32, help="patches per step (default 32)")
     add("--width", type=between(1, 512), default=32, help="channels of the first stage (default 32)")
-    add("--patterns", type=_pattern, nargs="+", default=["2:4", "1:4", "1:16"], help="(default 2:4 1:4 1:16)")
+    add("--patterns", type=nm_pattern, nargs="+", default=["2:4", "1:4", "1:16"], help="(default 2:4 1:4 1:16)")
     add("--seeds", type=between(1, 100), default=3, help="runs of everything (default 3)")
     add("--test-patches", type=between(1, 4096), default=1024, help="of each photograph (default 1024)")
     # One by default: the number changes the last bits, and on a busy machine two wait for each other.
@@ -106,7 +106,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _pattern(text: str) -> str:
+def nm_pattern(text: str) -> str:
     try:
         n, m = (int(part) for part in text.split(":"))
         check_pattern("--patterns", n, m)

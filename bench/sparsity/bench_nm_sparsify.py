@@ -14,6 +14,7 @@ from suite import Implementation, Prepared, Suite, Target
 
 from tersor.models.eager_sparsity import nm_remove_chain, nm_sparsify_chain
 from tersor.sparsity import nm_remove_, nm_sparsify
+from tersor.sparsity.nm_compact import expand_scores
 
 LAYERS = {
     "conv256": ((32, 256, 14, 14), (256, 256, 3, 3)),
@@ -53,6 +54,27 @@ def ours(size):
     return sparse
 
 
+def compact(size):
+    """The scores that are left alone, as after the epoch in which the others were removed."""
+    n, m = size[2:]
+
+    def sparse(weight, scores):
+        numbers = sparse.numbers
+        mask = nm_remove_(scores, 0, n, m, numbers)
+        return nm_sparsify(weight, scores, n, m, mask, numbers)
+
+    def store(scores):
+        left = scores != 0
+        shape = len(scores), scores.shape[1] - removed(size)
+        every = torch.arange(scores.shape[1], dtype=torch.uint8, device=scores.device)
+        sparse.numbers = every.expand_as(left)[left].view(shape)
+        return scores[left].view(shape)
+
+    sparse.store = store
+    sparse.expand = lambda scores: expand_scores(scores, sparse.numbers, n, m)
+    return sparse
+
+
 def eager(size):
     def sparse(weight, scores):
         nm_remove_chain(scores, removed(size))
@@ -67,6 +89,7 @@ def dense(size):
 
 def prepare(sparsify, inputs, dtype, direction):
     input, weight, scores, incoming = inputs
+    scores = getattr(sparsify, "store", lambda full: full)(scores)
     input, weight, scores = (t.detach().clone().requires_grad_() for t in (input, weight, scores))
 
     def step():
@@ -74,7 +97,8 @@ def prepare(sparsify, inputs, dtype, direction):
         return output, torch.autograd.grad(output, (input, weight, scores), incoming, allow_unused=True)
 
     def results():
-        output, gradients = step()
+        output, (*gradients, last) = step()
+        gradients.append(getattr(sparsify, "expand", lambda own: own)(last))
         found = {"output": output.detach()}
         return found | {f"gradient {i}": g / math.sqrt(incoming.shape[0]) for i, g in enumerate(gradients)}
 
@@ -83,6 +107,7 @@ def prepare(sparsify, inputs, dtype, direction):
 
 IMPLEMENTATIONS = [
     Implementation("tersor", ours, ours=True, note="the default backend"),
+    Implementation("compact", compact, note="tersor, where only the scores that are left are stored"),
     Implementation("eager", eager, note="the published way"),
     Implementation("dense", dense, compared=False, note="the same layer without sparsity"),
 ]

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -18,6 +20,34 @@ using torch::stable::Tensor;
 constexpr int64_t BLOCK = 4096;  // groups that one task takes; their bits end at a byte's border
 constexpr int MOST = 16;         // positions of a group
 
+// Which combinations the scores of a group are: all of them, or those whose numbers lie beside the scores.
+struct Stored {
+  const uint16_t* patterns;  // [combinations]: the positions that each keeps
+  int combinations;          // of n and m
+  int count;                 // of which a group has scores
+  const uint8_t* narrow;     // [groups][count]: up to 256 combinations; else null
+  const int16_t* wide;       // more; null as well where a group has scores of all
+
+  bool all() const { return narrow == nullptr && wide == nullptr; }
+
+  // The positions that each of a group's keeps; false if a number is none of a combination, whose positions are none.
+  template <class W>
+  bool read(int64_t group, W* rows) const {
+    return narrow ? read_from(narrow + group * count, rows) : read_from(wide + group * count, rows);
+  }
+
+ private:
+  template <class I, class W>
+  bool read_from(const I* numbers, W* rows) const {
+    bool good = true;
+    for (int j = 0; j < count; ++j) {
+      const bool valid = static_cast<uint16_t>(numbers[j]) < combinations;  // as negative ones are not
+      rows[j] = valid ? patterns[static_cast<uint16_t>(numbers[j])] : 0, good = good && valid;
+    }
+    return good;
+  }
+};
+
 struct Task {
   const void* weight;
   const void* grad_output;
@@ -27,9 +57,10 @@ struct Task {
   void* grad_scores;
   uint8_t* mask;
   int64_t groups;
-  int n, m, combinations;
-  const uint16_t* patterns;  // [combinations]: the positions kept
-  const void* table;         // [m][padded combinations] of 0 and 1
+  int n, m;
+  Stored stored;
+  std::atomic<bool>* invalid;  // set if a number is none of a combination
+  const void* table;           // [m][padded combinations] of 0 and 1
   int padded;
   double decay;
   const int32_t* places;  // [filter]: where an element of a filter lies in memory; null where in order
@@ -120,6 +151,36 @@ struct Patterns {
       for (int p = 0; p < m; ++p) single[p * padded + j] = rows[j] >> p & 1, twice[p * padded + j] = single[p * padded + j];
     }
   }
+};
+
+// What a group has scores of; holds the numbers while a kernel reads them.
+class Numbers {
+ public:
+  Numbers(const std::optional<Tensor>& given, const Tensor& scores, const Patterns& patterns) {
+    stored.patterns = patterns.rows.data(), stored.combinations = static_cast<int>(patterns.rows.size());
+    STD_TORCH_CHECK(scores.is_cpu() && scores.dim() == 2 && scores.size(1) <= stored.combinations &&
+                        (given ? scores.size(1) >= 1 : scores.size(1) == stored.combinations),
+                    "scores must be a CPU tensor (groups, combinations)");
+    stored.count = static_cast<int>(scores.size(1));
+    if (!given) return;
+    const bool narrow = stored.combinations <= 256;
+    STD_TORCH_CHECK(given->is_cpu() && given->scalar_type() == (narrow ? ScalarType::Byte : ScalarType::Short) &&
+                        given->dim() == 2 && given->size(0) == scores.size(0) && given->size(1) == scores.size(1),
+                    "combinations must be a CPU tensor of the shape of scores, uint8 for up to 256 of them, else int16");
+    tensor_ = torch::stable::contiguous(*given);
+    if (narrow) stored.narrow = static_cast<const uint8_t*>(tensor_->const_data_ptr());
+    else stored.wide = static_cast<const int16_t*>(tensor_->const_data_ptr());
+  }
+
+  void check() const {
+    STD_TORCH_CHECK(!invalid, "combinations must be from 0 to ", stored.combinations - 1, ", got one that is not");
+  }
+
+  Stored stored{};
+  std::atomic<bool> invalid{false};
+
+ private:
+  std::optional<Tensor> tensor_;
 };
 
 inline void check_pattern(int64_t n, int64_t m) {

@@ -32,39 +32,42 @@ bool remove(A* scores, int count, int k, int* order) {
 }
 
 template <class A>
-bool remove_all(Tensor& scores, int k, int m, const Patterns& patterns, Tensor& mask) {
+bool remove_all(Tensor& scores, int k, int m, Numbers& of, Tensor& mask) {
   A* data = static_cast<A*>(scores.mutable_data_ptr());
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  const int count = static_cast<int>(patterns.rows.size());
+  const Stored& stored = of.stored;
+  const int count = stored.count;
   std::atomic<bool> numbers{true};
   for_groups(scores.size(0), [&](int64_t first, int64_t end) {
     std::vector<int> order(static_cast<size_t>(count) + 1);
+    std::vector<uint16_t> rows(stored.patterns, stored.patterns + count);
     BitWriter writer(bits, first * m);
     for (int64_t g = first; g < end; ++g) {
       A* own = data + g * count;
       if (!remove(own, count, k, order.data())) numbers = false;
+      if (!stored.all() && !stored.read(g, rows.data())) of.invalid = true;
       uint32_t kept = 0;
-      for (int j = 0; j < count; ++j) kept |= own[j] != 0 ? patterns.rows[j] : 0u;
+      for (int j = 0; j < count; ++j) kept |= own[j] != 0 ? rows[j] : 0u;
       writer.put(kept, m);
     }
   });
   return numbers;
 }
 
-Tensor nm_remove(Tensor scores, int64_t k, int64_t n, int64_t m) {
+Tensor nm_remove(Tensor scores, int64_t k, int64_t n, int64_t m, const std::optional<Tensor>& combinations) {
   check_pattern(n, m);
   const Patterns patterns(static_cast<int>(n), static_cast<int>(m));
-  const int64_t count = static_cast<int64_t>(patterns.rows.size());
-  STD_TORCH_CHECK(scores.is_cpu() && scores.is_contiguous() && scores.dim() == 2 && scores.size(1) == count,
-                  "scores must be a contiguous CPU tensor (groups, combinations)");
-  STD_TORCH_CHECK(k >= 0 && k < count, "k must be less than the number of combinations");
+  Numbers of(combinations, scores, patterns);
+  STD_TORCH_CHECK(scores.is_contiguous(), "scores must be contiguous");
+  STD_TORCH_CHECK(k >= 0 && k < of.stored.count, "k must be less than the number of scores of a group");
   Tensor mask = torch::stable::new_empty(scores, {(scores.size(0) * m + 7) / 8}, ScalarType::Byte);
   const int kept = static_cast<int>(k), width = static_cast<int>(m);
   bool numbers = true;
-  if (scores.scalar_type() == ScalarType::Float) numbers = remove_all<float>(scores, kept, width, patterns, mask);
-  else if (scores.scalar_type() == ScalarType::Double) numbers = remove_all<double>(scores, kept, width, patterns, mask);
+  if (scores.scalar_type() == ScalarType::Float) numbers = remove_all<float>(scores, kept, width, of, mask);
+  else if (scores.scalar_type() == ScalarType::Double) numbers = remove_all<double>(scores, kept, width, of, mask);
   else STD_TORCH_CHECK(false, "scores must be float32 or float64");
   STD_TORCH_CHECK(numbers, "nm_remove_: scores must not be NaN");
+  of.check();
   return mask;
 }
 

@@ -19,9 +19,8 @@ ScalarType exact_type(const Tensor& weight) {
 }
 
 void check_scores(const Tensor& scores, const Tensor& weight, const Task& task) {
-  STD_TORCH_CHECK(scores.is_cpu() && scores.scalar_type() == exact_type(weight) && scores.dim() == 2 &&
-                      scores.size(0) == task.groups && scores.size(1) == task.combinations,
-                  "scores must be a CPU tensor (groups, combinations), float64 for a float64 weight and else float32");
+  STD_TORCH_CHECK(scores.scalar_type() == exact_type(weight) && scores.size(0) == task.groups,
+                  "scores must have a row per group, float64 for a float64 weight and else float32");
 }
 
 template <class F>
@@ -33,21 +32,22 @@ void dispatch(ScalarType dtype, const F& run) {
   else STD_TORCH_CHECK(false, "weight must be float16, bfloat16, float32 or float64");
 }
 
-Task task_of(int64_t n, int64_t m, const Patterns& patterns) {
+Task task_of(int64_t n, int64_t m, const Patterns& patterns, Numbers& of) {
   Task task{};
   task.n = static_cast<int>(n), task.m = static_cast<int>(m);
-  task.combinations = static_cast<int>(patterns.rows.size()), task.patterns = patterns.rows.data();
-  task.padded = patterns.padded;
+  task.stored = of.stored, task.invalid = &of.invalid, task.padded = patterns.padded;
   return task;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& given_weight, const Tensor& given_scores,
-                                   const std::optional<Tensor>& given_mask, int64_t n, int64_t m) {
+                                   const std::optional<Tensor>& given_mask, int64_t n, int64_t m,
+                                   const std::optional<Tensor>& combinations) {
   check_pattern(n, m);
   const Patterns patterns(static_cast<int>(n), static_cast<int>(m));
-  Task task = task_of(n, m, patterns);
-  const Weight weight(given_weight, m, task);
   const Tensor scores = torch::stable::contiguous(given_scores);
+  Numbers of(combinations, scores, patterns);
+  Task task = task_of(n, m, patterns, of);
+  const Weight weight(given_weight, m, task);
   check_scores(scores, weight.tensor, task);
   std::optional<Tensor> mask;
   if (given_mask) {
@@ -62,16 +62,19 @@ std::tuple<Tensor, Tensor> forward(const Tensor& given_weight, const Tensor& giv
   dispatch(weight.tensor.scalar_type(), [&](const auto& kernels) {
     for_groups(task.groups, [&](int64_t first, int64_t end) { kernels.forward(task, first, end); });
   });
+  of.check();
   return {output, kept};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& given_weight, const Tensor& given_scores,
-                                    const Tensor& given_mask, int64_t n, int64_t m) {
+                                    const Tensor& given_mask, int64_t n, int64_t m,
+                                    const std::optional<Tensor>& combinations) {
   check_pattern(n, m);
   const Patterns patterns(static_cast<int>(n), static_cast<int>(m));
-  Task task = task_of(n, m, patterns);
-  const Weight weight(given_weight, m, task);
   const Tensor scores = torch::stable::contiguous(given_scores), mask = torch::stable::contiguous(given_mask);
+  Numbers of(combinations, scores, patterns);
+  Task task = task_of(n, m, patterns, of);
+  const Weight weight(given_weight, m, task);
   check_scores(scores, weight.tensor, task);
   check_mask(mask, weight.tensor.numel());
   const Tensor grad = weight.like(grad_output);
@@ -85,6 +88,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& giv
   dispatch(weight.tensor.scalar_type(), [&](const auto& kernels) {
     for_groups(task.groups, [&](int64_t first, int64_t end) { kernels.backward(task, first, end); });
   });
+  of.check();
   return {grad_weight, grad_scores};
 }
 

@@ -275,7 +275,7 @@ def _set_progress(model: nn.Module, compression: Any) -> None:
         if isinstance(module, CompressedLayer) and module.scores is not None:
             assert module.sparsity is not None
             end = max(1, math.ceil(module.sparsity.end * steps))
-            removed = nm_schedule(done, module.scores.alpha.shape[1], end, module.sparsity.power)
+            removed = nm_schedule(done, math.comb(module.sparsity.m, module.sparsity.n), end, module.sparsity.power)
             _remove_(module.scores, removed)
     _set_binary_progress(model, compression)
 

@@ -2,6 +2,7 @@
 
 from tersor.sparsity.functional import nm_conv2d, nm_linear, srste_conv2d, srste_linear
 from tersor.sparsity.layers import NMConv2d, NMLinear, NMSchedule, NMScores, SrSte
+from tersor.sparsity.nm_compact import expand_
 from tersor.sparsity.nm_matmul import nm_matmul
 from tersor.sparsity.nm_pack import nm_pack
 from tersor.sparsity.nm_packed_conv2d import nm_packed_conv2d
@@ -23,6 +24,7 @@ __all__ = [
     "PackedNMLinear",
     "SrSte",
     "convert_",
+    "expand_",
     "nm_combinations",
     "nm_conv2d",
     "nm_linear",

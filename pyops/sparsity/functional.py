@@ -12,10 +12,17 @@ from tersor.sparsity.srste_sparsify import srste_sparsify
 
 
 def nm_linear(
-    input: Tensor, weight: Tensor, scores: Tensor, bias: Tensor | None, n: int, m: int, mask: Tensor | None = None
+    input: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    mask: Tensor | None = None,
+    combinations: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.linear`` with :func:`nm_sparsify` of the weight, whose arguments these are."""
-    return F.linear(input, nm_sparsify(weight, scores, n, m, mask), bias)
+    return F.linear(input, nm_sparsify(weight, scores, n, m, mask, combinations), bias)
 
 
 def nm_conv2d(
@@ -30,9 +37,11 @@ def nm_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     mask: Tensor | None = None,
+    combinations: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.conv2d`` with :func:`nm_sparsify` of the weight, whose arguments these are."""
-    return F.conv2d(input, nm_sparsify(weight, scores, n, m, mask), bias, stride, padding, dilation, groups)
+    sparse = nm_sparsify(weight, scores, n, m, mask, combinations)
+    return F.conv2d(input, sparse, bias, stride, padding, dilation, groups)
 
 
 def srste_linear(input: Tensor, weight: Tensor, bias: Tensor | None, n: int, m: int, decay: float = 2e-4) -> Tensor:

@@ -46,6 +46,11 @@ def nm_combinations(n: int, m: int) -> Tensor:
     return _combinations(*check_pattern("nm_combinations", n, m)).clone()
 
 
+def combination_dtype(n: int, m: int) -> torch.dtype:
+    """Of the numbers of n:m's combinations: the smaller of uint8 and int16 that holds them."""
+    return torch.uint8 if math.comb(m, n) <= 256 else torch.int16
+
+
 def to_groups(weight: Tensor, m: int) -> Tensor:
     """``(G, m)``: the weight's elements in the order (O, KH, KW, I), cut into runs of m."""
     return (weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight).reshape(-1, m)

@@ -142,6 +142,49 @@ def test_sparsify_many_combinations(on_triton):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (3, 12)], ids=str)
+def test_compact_scores(n, m, dtype, on_triton):
+    """Every bit is that of all scores; one stored, some, one chunk and more, in memory with gaps too."""
+    count = math.comb(m, n)
+    with tersor.use_backend("triton"):
+        for stored in sorted({1, count // 3 + 1, min(count, 40)}):
+            weight, grad_output = torch.randn(11, m).to(dtype), torch.randn(11, m).to(dtype)
+            weight[2, 0] = INF
+            numbers = torch.rand(11, count).argsort(1)[:, :stored].sort(1).values
+            scores = (torch.randn(11, stored) * 2).round() / 2  # ties and zeros
+            full = torch.zeros(11, count).scatter(1, numbers, scores)
+            given = torch.stack([numbers, numbers], -1)[..., 0].to(torch.uint8 if count <= 256 else torch.int16)
+            ours = ops.nm_sparsify_forward(weight, scores, None, n, m, given)
+            theirs = ops.nm_sparsify_forward(weight, full, None, n, m)
+            assert all(map(same, ours, theirs))
+            ours = ops.nm_sparsify_backward(grad_output, weight, scores, theirs[1], n, m, given)
+            theirs = ops.nm_sparsify_backward(grad_output, weight, full, theirs[1], n, m)
+            assert same(ours[0], theirs[0])
+            assert same(ours[1], theirs[1].gather(1, numbers))
+            k = stored // 2
+            own, reference = scores.clone(), scores.clone()
+            mask = ops.nm_remove(own, k, n, m, given)
+            with tersor.use_backend("reference"):
+                expected = ops.nm_remove(reference, k, n, m, given)
+            assert same(mask, expected)
+            assert same(own, reference)
+
+
+@interpreted
+def test_numbers_beyond_the_combinations_stay_inside_memory(on_triton):
+    weight, scores = torch.ones(1, 4), torch.ones(1, 2)
+    with tersor.use_backend("triton"):
+        output, mask = ops.nm_sparsify_forward(weight, scores, None, 2, 4, torch.tensor([[0, 255]], dtype=torch.uint8))
+        assert output.tolist() == [[1, 1, 0, 0]]
+        grads = ops.nm_sparsify_backward(weight, weight, scores, mask, 2, 4, torch.tensor([[0, 6]], dtype=torch.uint8))
+        assert grads[1].tolist() == [[2, 0]]
+        scores = torch.ones(1, 2)
+        numbers = torch.tensor([[-1, 0]], dtype=torch.int16)
+        assert ops.nm_remove(scores, 0, 4, 12, numbers).tolist() == [15, 0]
+
+
+@interpreted
 def test_a_given_mask_is_packed_anew(on_triton):
     """The bits beyond the last element come out as 0."""
     weight = torch.randn(1, 4)
@@ -263,10 +306,21 @@ CASES = [
 ]
 
 
+CASES += [
+    ahead.Case(*case)
+    for module in (nm_sparsify, nm_remove)
+    for case in module.ahead_of_time_cases(compact=True)
+    if case[1].endswith((" stored", " fp16"))
+]
+
+
 @compiled
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.name} {c.label}".replace(" ", "_") for c in CASES])
-def test_channels_first_compiles_without_spills(case, tmp_path):
-    """Its loads are single, which the general test would refuse, as it would 8 bytes of stack that nothing accesses."""
+def test_single_loads_compile_without_spills(case, tmp_path):
+    """Of channels first, and of compact scores' positions: the general test would refuse these.
+
+    As it would 8 bytes of stack that nothing accesses.
+    """
     assert ahead.compile_case(case, 90, tmp_path).spills <= 8
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([tool, "-sass", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout

@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tersor.freezing.mask import check_mask
-from tersor.sparsity.nm_pattern import _combinations, check_groups, check_pattern
+from tersor.sparsity.nm_pattern import _combinations, check_groups, check_pattern, combination_dtype
+from tersor.sparsity.nm_sparsify import check_combinations
 from tersor.triton_kernels.quantization._fake_quantize import NUM_WARPS, OPTIONS, SUMS, Case
 
 ELEMENTS = NUM_WARPS * 32 * 8  # of twice as many, with their scores, some kernels spill, and others take 255 registers
@@ -107,6 +108,18 @@ def store_words(mask, words, first, size, M: tl.constexpr, WIDTH: tl.constexpr, 
     tl.store(mask + start + offsets, bytes.to(tl.uint8), mask=present)
 
 
+@triton.jit
+def kept_by(numbers, patterns, first, j, there, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+    """The words of the groups' j-th combinations: ``[1, CHUNK]`` where each has all, else ``[GROUPS, CHUNK]``."""
+    if numbers is None:
+        words = tl.load(patterns + j)[None, :]
+    else:
+        own = tl.arange(0, GROUPS)[:, None] * COUNT + j[None, :]
+        number = tl.load(numbers + first * COUNT + own, mask=there, other=0).to(tl.int32)
+        words = tl.load(patterns + (number & 4095))  # inside the table, whatever the number
+    return words
+
+
 class Groups:
     """A weight as its kernels take it: in the groups' order, or channel by channel, else a copy that is."""
 
@@ -129,13 +142,10 @@ class Groups:
             return tensor
         return torch.empty_like(self.weight).copy_(tensor)
 
-    def scores(self, where: str, scores: Tensor, n: int) -> Tensor:
-        """Those of the weight's groups, contiguous."""
-        expected = self.weight.numel() // self.m, math.comb(self.m, n)
-        if scores.dtype != torch.float32 or scores.shape != expected:
-            given = f"{scores.dtype} {tuple(scores.shape)}"
-            raise ValueError(f"{where}: scores must be float32 of shape {expected}, got {given}")
-        return scores.contiguous()
+    def scores(self, where: str, scores: Tensor, n: int, combinations: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Those of the weight's groups, and their numbers if compact; contiguous."""
+        check_triton_scores(where, scores, self.weight.numel() // self.m, n, self.m, combinations)
+        return scores.contiguous(), None if combinations is None else combinations.contiguous()
 
     def mask(self, where: str, mask: Tensor) -> Tensor:
         check_mask(where, mask, self.weight.shape, self.weight.device)
@@ -157,6 +167,23 @@ class Groups:
                 kernel[(programs,)](*arguments, size, **constants, **tile, **OPTIONS)
 
 
+def check_triton_scores(
+    where: str, scores: Tensor, groups: int | str, n: int, m: int, combinations: Tensor | None
+) -> None:
+    """Raises unless the scores, and the numbers of compact ones, have the shapes and dtypes of n:m's."""
+    count = math.comb(m, n)
+    if combinations is None:
+        fit = scores.dim() == 2 and scores.shape[1] == count
+    else:
+        fit = scores.dim() == 2 and 1 <= scores.shape[1] <= count
+    if scores.dtype != torch.float32 or not fit or (groups != "G" and len(scores) != groups):
+        expected = f"({groups}, {count if combinations is None else f'1 to {count}'})"
+        given = f"{scores.dtype} {tuple(scores.shape)}"
+        raise ValueError(f"{where}: scores must be float32 of shape {expected}, got {given}")
+    if combinations is not None:
+        check_combinations(where, combinations, scores, combination_dtype(n, m))
+
+
 def _in_order(tensor: Tensor) -> bool:
     """Whether memory has the elements in the order (O, KH, KW, I), without gaps."""
     return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).is_contiguous()
@@ -168,17 +195,22 @@ def tile_of(m: int) -> dict[str, int]:
     return {"M": m, "WIDTH": width, "GROUPS": ELEMENTS // width}
 
 
-def chunks(n: int, m: int) -> dict[str, int]:
-    """How many combinations there are, and how many are read at once."""
-    count = math.comb(m, n)
+def chunks(count: int) -> dict[str, int]:
+    """How many scores a group has, and how many are read at once."""
     return {"COUNT": count, "CHUNK": min(triton.next_power_of_2(count), CHUNK)}
+
+
+def stored_counts(n: int, m: int, compact: bool) -> tuple[int, ...]:
+    """How many scores a group has in the ahead-of-time cases: all, or an odd number and one that makes vectors."""
+    count = math.comb(m, n)
+    return (count // 3 | 1, 1 << (count // 2).bit_length() - 1) if compact else (count,)
 
 
 @functools.cache
 def patterns(n: int, m: int, device: torch.device) -> Tensor:
-    """The positions that each combination keeps as the bits of an int32, with zeros to whole chunks of any kernel."""
+    """The positions that each combination keeps as the bits of an int32, with zeros to what its number could be."""
     words = (_combinations(n, m).to(torch.int64) << torch.arange(m)).sum(1)
-    padded = torch.zeros(triton.cdiv(len(words), 128) * 128, dtype=torch.int32)
+    padded = torch.zeros(4096, dtype=torch.int32)
     padded[: len(words)] = words
     return padded.to(device)
 

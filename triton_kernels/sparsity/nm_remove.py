@@ -23,7 +23,15 @@ from tersor.sparsity.nm_pattern import check_pattern
 from tersor.sparsity.nm_remove import DEAD, _check_numbers
 from tersor.triton_kernels.freezing._octets import in_place
 from tersor.triton_kernels.quantization._fake_quantize import OPTIONS, Case
-from tersor.triton_kernels.sparsity._groups import ELEMENTS, first_group, patterns, store_words
+from tersor.triton_kernels.sparsity._groups import (
+    ELEMENTS,
+    check_triton_scores,
+    first_group,
+    kept_by,
+    patterns,
+    store_words,
+    stored_counts,
+)
 
 FEW = tl.constexpr(16)  # combinations that are ranked by comparing all with all
 HELD = 128  # combinations that a program has in registers: 8 a thread
@@ -55,7 +63,7 @@ def _remove(place, present, score, marked, removed, pattern):
     changed = present & (new.to(tl.int32, bitcast=True) != score.to(tl.int32, bitcast=True))
     if tl.max(tl.max(changed.to(tl.int32), axis=1), axis=0) != 0:
         tl.store(place, new, mask=present)
-    return tl.reduce_or(tl.where(present & (new != 0.0), pattern[None, :], 0), axis=1)
+    return tl.reduce_or(tl.where(present & (new != 0.0), pattern, 0), axis=1)
 
 
 @triton.jit
@@ -65,7 +73,7 @@ def _below(keys, candidate):
 
 @triton.jit(do_not_specialize=["groups", "k"])
 def _kernel(
-    scores, patterns, mask, groups, k,
+    scores, numbers, patterns, mask, groups, k,
     COUNT: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     first = first_group(GROUPS)
@@ -77,7 +85,8 @@ def _kernel(
         for i in tl.static_range(COUNT):
             other = tl.sum(tl.where(column[None, :] == i, keys, 0), axis=1)[:, None]
             rank += ((other < keys) | ((other == keys) & (column[None, :] > i))).to(tl.int32)
-        words = _remove(place, present, score, marked, rank < k, tl.load(patterns + column))
+        pattern = kept_by(numbers, patterns, first, column, present, COUNT, GROUPS)
+        words = _remove(place, present, score, marked, rank < k, pattern)
     else:
         # The largest number below which there are fewer than k scores is the k-th smallest.
         kth = tl.full([GROUPS], -2147483648, tl.int32)
@@ -98,36 +107,40 @@ def _kernel(
             same = (keys == kth[:, None]).to(tl.int32)
             removed = (keys < kth[:, None]) | ((same != 0) & (equal[:, None] + tl.cumsum(same, axis=1) <= k))
             equal += tl.sum(same, axis=1)
-            words |= _remove(place, present, score, marked, removed, tl.load(patterns + begin + column))
+            pattern = kept_by(numbers, patterns, first, begin + column, present, COUNT, GROUPS)
+            words |= _remove(place, present, score, marked, removed, pattern)
     store_words(mask, words, first, groups * M, M, WIDTH, GROUPS)
 
 
-def nm_remove(scores: Tensor, k: int, n: int, m: int) -> Tensor:
+def nm_remove(scores: Tensor, k: int, n: int, m: int, combinations: Tensor | None = None) -> Tensor:
     """The operator ``tersor::nm_remove`` for float32; on a GPU a NaN counts as the largest."""
     check_pattern("nm_remove_", n, m)
-    if scores.dtype != torch.float32 or scores.dim() != 2 or scores.shape[1] != math.comb(m, n):
-        expected = f"float32 of shape (G, {math.comb(m, n)})"
-        raise ValueError(f"nm_remove_: scores must be {expected}, got {scores.dtype} {tuple(scores.shape)}")
+    check_triton_scores("nm_remove_", scores, "G", n, m, combinations)
     if scores.device.type == "cpu":  # in the interpreter; on a GPU it would wait for the values
         _check_numbers(scores)
-    groups, tile = len(scores), _tile(n, m)
+    groups, tile = len(scores), _tile(scores.shape[1], m)
+    numbers = None if combinations is None else combinations.contiguous()
     mask = scores.new_empty(((groups * m + 7) // 8,), dtype=torch.uint8)
     if groups:
         with in_place(scores) as (own,), torch.cuda.device_of(scores):
             programs = triton.cdiv(groups, tile["GROUPS"])
-            _kernel[(programs,)](own, patterns(n, m, scores.device), mask, groups, k, **tile, **OPTIONS)
+            _kernel[(programs,)](own, numbers, patterns(n, m, scores.device), mask, groups, k, **tile, **OPTIONS)
     return mask
 
 
-def _tile(n: int, m: int) -> dict[str, int]:
-    count = math.comb(m, n)
+def _tile(count: int, m: int) -> dict[str, int]:
     chunk = min(triton.next_power_of_2(count), HELD)
     width = triton.next_power_of_2(m)
     return {"COUNT": count, "CHUNK": chunk, "M": m, "WIDTH": width, "GROUPS": ELEMENTS // max(chunk, width)}
 
 
-def ahead_of_time_cases() -> Iterator[Case]:
-    """What the ahead-of-time test compiles."""
+def ahead_of_time_cases(compact: bool = False) -> Iterator[Case]:
+    """What the ahead-of-time test compiles; compact scores look their positions up, which are single loads."""
     signature = {"scores": "*fp32:16", "patterns": "*i32:16", "mask": "*u8:16", "groups": "i32", "k": "i32"}
     for n, m in ((2, 4), (1, 4), (2, 8), (4, 8), (1, 16), (4, 16)):
-        yield _kernel, f"{n}:{m}", signature, _tile(n, m), OPTIONS
+        numbers = "*u8:16" if math.comb(m, n) <= 256 else "*i16:16"
+        for count in stored_counts(n, m, compact):
+            if compact:
+                yield _kernel, f"{n}:{m} {count} stored", signature | {"numbers": numbers}, _tile(count, m), OPTIONS
+            else:
+                yield _kernel, f"{n}:{m}", signature, {"numbers": None, **_tile(count, m)}, OPTIONS
