@@ -17,12 +17,12 @@ struct Workspace {
   static constexpr int64_t lanes = Simd<A>::lanes;
   static constexpr int64_t most = lanes * (TERSOR_ISA_LEVEL == 2 ? 4 : 8);  // queries of one pass over the keys
   int64_t tokens, head_dim, pitch, depth, chunk;
-  A *query, *key, *value, *grad, *out;               // [tokens][depth]
-  A *query_planes, *grad_planes, *out_planes;        // [head_dim][pitch]
-  A *weights, *grad_weights;                         // [tokens][chunk]
-  A *logsumexp, *region, *outside, *pair_mask, *zeros;  // [pitch], pair_mask: [tokens][pitch]
-  A *grad_key, *grad_value;                          // [tokens][depth]
-  A* scales;                                         // [chunk]
+  A *query, *key, *value, *grad, *out;                    // [tokens][depth]
+  A *query_planes, *grad_planes;                          // [head_dim][pitch]
+  A *weights, *grad_weights;                              // [tokens][chunk]
+  A *logsumexp, *factors, *region, *outside, *pair_mask;  // [pitch], pair_mask: [tokens][pitch]
+  A *grad_key, *grad_value;                               // [tokens][depth]
+  Place *places, *next_places;                            // [tokens]
 
   Workspace(const Task& task, Arena& arena, bool backward) {
     const auto whole = [](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
@@ -30,19 +30,17 @@ struct Workspace {
     pitch = whole(tokens), depth = whole(head_dim), chunk = std::min(most, pitch);
     query = arena.take<A>(pitch * depth), key = arena.take<A>(pitch * depth), value = arena.take<A>(pitch * depth);
     out = arena.take<A>(pitch * depth);
-    query_planes = arena.take<A>(head_dim * pitch), out_planes = arena.take<A>((head_dim + 3) * pitch);
-    weights = arena.take<A>(tokens * chunk);
-    logsumexp = arena.take<A>(pitch), region = arena.take<A>(pitch), outside = arena.take<A>(pitch);
-    zeros = arena.take<A>(pitch);
+    query_planes = arena.take<A>(head_dim * pitch), weights = arena.take<A>(tokens * chunk);
+    logsumexp = arena.take<A>(pitch), factors = arena.take<A>(pitch);
+    region = arena.take<A>(pitch), outside = arena.take<A>(pitch);
+    places = arena.take<Place>(tokens), next_places = arena.take<Place>(tokens);
     pair_mask = arena.take<A>(task.mask && task.mask_of_pairs ? tokens * pitch : 0);
     if (backward) {
       grad = arena.take<A>(pitch * depth), grad_planes = arena.take<A>(head_dim * pitch);
       grad_weights = arena.take<A>(tokens * chunk);
       grad_key = arena.take<A>(pitch * depth), grad_value = arena.take<A>(pitch * depth);
-      scales = arena.take<A>(chunk);
     }
     if (!arena.base) return;
-    std::memset(zeros, 0, pitch * sizeof(A));
     // What lies beyond the last token and the last channel is multiplied, too, and left out of the results.
     for (A* rows : {query, key, value}) std::memset(rows, 0, pitch * depth * sizeof(A));
     if (backward) std::memset(grad, 0, pitch * depth * sizeof(A));
@@ -62,99 +60,101 @@ struct Window {
   bool masked;                      // some pairs are
 };
 
-// Visits the window's tokens in runs that are contiguous in the map: visit(token of the window, y, x, count).
-template <class Visit>
-TERSOR_INLINE void for_runs(const Task& task, const Window& window, Visit&& visit) {
+// Where the window's tokens lie in the map that is not rolled.
+TERSOR_INLINE void find_places(const Task& task, const Window& window, Place* places) {
   int64_t y = window.top + task.shift_h, first = window.left + task.shift_w;
   y += y < 0 ? task.height : y >= task.height ? -task.height : 0;
   first += first < 0 ? task.width : first >= task.width ? -task.width : 0;
   const int64_t before = std::min(task.window_w, task.width - first);
   for (int64_t i = 0; i < task.window_h; ++i) {
-    visit(i * task.window_w, y, first, before);
-    if (before < task.window_w) visit(i * task.window_w + before, y, int64_t{0}, task.window_w - before);
+    for (int64_t j = 0; j < before; ++j) *places++ = {y, first + j};
+    for (int64_t j = before; j < task.window_w; ++j) *places++ = {y, j - before};
     if (++y == task.height) y = 0;
   }
 }
 
-// Asks for the places of a result ahead of its being written.
-template <class T>
-TERSOR_INLINE void prefetch_result(const Task& task, const Window& window, const T* base, int64_t column) {
-  base += window.image * task.height * task.width * column;
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  const int64_t head_dim = task.head_dim;
-  for_runs(task, window, [&](int64_t, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
-    const T* to = base + (y * task.width + x) * column;
-    for (int64_t t = 0; t < count; ++t, to += column) {
-      for (int64_t c = 0; c < head_dim; c += line) __builtin_prefetch(to + c, 1, 2);
-    }
-  });
-}
+// What one head of the window will read or write, asked for ahead of time and in small portions, a portion between two
+// tiles of a product: its runs are too short for the hardware to see them coming, and the memory answers only so many
+// questions at once.
+class Ahead {
+ public:
+  template <class A>
+  explicit Ahead(const Workspace<A>& work) : tokens(work.tokens) {}
 
-// The window's tokens of one head, widened, one row each. The next window's, to the right of them, are asked for on the
-// way: its runs are too short for the hardware to see them coming.
-template <class T, class A>
-TERSOR_INLINE void load_rows(const Task& task, const Window& window, const View& view, int64_t head, A factor, A* rows,
-                             int64_t depth) {
-  constexpr int64_t lanes = Simd<A>::lanes, line = 64 / static_cast<int64_t>(sizeof(T));
-  const T* base = static_cast<const T*>(view.data) + window.image * view.batch + head * view.head;
-  const int64_t whole = task.head_dim / lanes * lanes, column = view.column, ahead = task.window_w * column;
-  const int rest = static_cast<int>(task.head_dim - whole);
-  for_runs(task, window, [&](int64_t token, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
-    const T* from = base + y * view.row + x * column;
-    A* to = rows + token * depth;
-    for (int64_t t = 0; t < count; ++t, from += column, to += depth) {
-      for (int64_t c = 0; c < whole; c += lanes) {
-        if (c % line == 0) __builtin_prefetch(from + ahead + c, 0, 2);
-        store<A>(to + c, widen(from + c) * factor);
-      }
-      if (rest) {
-        __builtin_prefetch(from + ahead + whole, 0, 2);
-        store<A>(to + whole, widen_first(from + whole, rest) * factor);
-      }
-    }
-  });
-}
+  template <class T>
+  void add(const View& view, const Window& window, const Place* places, int64_t head,
+                                int64_t head_dim) {
+    constexpr int64_t size = static_cast<int64_t>(sizeof(T));
+    const T* base = static_cast<const T*>(view.data) + window.image * view.batch + head * view.head;
+    parts[count++] = {reinterpret_cast<const char*>(base), places, view.row * size, view.column * size};
+    bytes = head_dim * size;
+    portion = std::max<int64_t>(1, PORTION * 64 / bytes);
+  }
 
+  void operator()() {
+    if (part == count) return;
+    const Part p = parts[part];
+    const int64_t last = std::min(token + portion, tokens);
+    for (; token < last; ++token) {
+      const char* at = p.base + p.places[token].y * p.row + p.places[token].x * p.column;
+      for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(at + c, 0, 2);
+    }
+    if (token == tokens) ++part, token = 0;
+  }
+
+ private:
+  static constexpr int64_t PORTION = 24;  // lines
+  struct Part {
+    const char* base;
+    const Place* places;
+    int64_t row, column;
+  };
+  Part parts[7];
+  int64_t tokens, bytes = 0, portion = 0, token = 0;
+  int count = 0, part = 0;
+};
+
+// The window's tokens of one head, widened, one row each.
 template <class T, class A>
-TERSOR_INLINE void store_rows(const Task& task, const Window& window, T* base, int64_t column, const A* rows,
-                              int64_t depth) {
+TERSOR_INLINE void load_rows(const Workspace<A>& work, const View& view, const Window& window, int64_t head, A factor,
+                             A* rows) {
   constexpr int64_t lanes = Simd<A>::lanes;
-  base += window.image * task.height * task.width * column;
-  const int64_t whole = task.head_dim / lanes * lanes;
-  const int rest = static_cast<int>(task.head_dim - whole);
-  for_runs(task, window, [&](int64_t token, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
-    T* to = base + (y * task.width + x) * column;
-    const A* from = rows + token * depth;
-    for (int64_t t = 0; t < count; ++t, from += depth, to += column) {
-      for (int64_t c = 0; c < whole; c += lanes) narrow(to + c, load(from + c));
-      if (rest) narrow_first(to + whole, load(from + whole), rest);
-    }
-  });
+  const T* base = static_cast<const T*>(view.data) + window.image * view.batch + head * view.head;
+  const int64_t whole = work.head_dim / lanes * lanes, tokens = work.tokens, depth = work.depth;
+  const int rest = static_cast<int>(work.head_dim - whole);
+  const int64_t row = view.row, column = view.column;
+  const Place* places = work.places;
+  for (int64_t t = 0; t < tokens; ++t, rows += depth) {
+    const T* from = base + places[t].y * row + places[t].x * column;
+    for (int64_t c = 0; c < whole; c += lanes) store<A>(rows + c, widen(from + c) * factor);
+    if (rest) store<A>(rows + whole, widen_first(from + whole, rest) * factor);
+  }
 }
 
-// [tokens][depth] to [head_dim][pitch], zero beyond the last token, and back.
+// And back, times factor(token).
+template <class T, class A, class Factor>
+TERSOR_INLINE void store_rows(const Workspace<A>& work, const View& view, const Window& window, int64_t head,
+                              const A* rows, Factor factor) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  T* base = static_cast<T*>(const_cast<void*>(view.data)) + window.image * view.batch + head * view.head;
+  const int64_t whole = work.head_dim / lanes * lanes, tokens = work.tokens, depth = work.depth;
+  const int rest = static_cast<int>(work.head_dim - whole);
+  const int64_t row = view.row, column = view.column;
+  const Place* places = work.places;
+  for (int64_t t = 0; t < tokens; ++t, rows += depth) {
+    T* to = base + places[t].y * row + places[t].x * column;
+    const Vec<A> f = splat(factor(t));
+    for (int64_t c = 0; c < whole; c += lanes) narrow(to + c, load(rows + c) * f);
+    if (rest) narrow_first(to + whole, load(rows + whole) * f, rest);
+  }
+}
+
+// [tokens][depth] to [head_dim][pitch], zero beyond the last token.
 template <class A>
 TERSOR_INLINE void to_planes(const Workspace<A>& work, const A* rows, A* planes) {
   for (int64_t t = 0; t < work.tokens; t += work.lanes) {
     const int count = static_cast<int>(std::min(work.lanes, work.tokens - t));
     transpose_in(rows + t * work.depth, work.depth, count, work.head_dim, planes + t, work.pitch);
-  }
-}
-
-// `planes` holds only the `width` queries from token `first` on.
-template <class A>
-TERSOR_INLINE void from_planes(const Workspace<A>& work, const A* planes, int64_t first, int64_t width,
-                               const A* factors, A* rows) {
-  for (int64_t t = 0; t < width; t += work.lanes) {
-    const int count = static_cast<int>(std::min(work.lanes, work.tokens - first - t));
-    if (count <= 0) return;
-    const Vec<A> factor = load(factors + t);
-    for (int64_t c = 0; c < work.head_dim; c += 4) {
-      const int channels = static_cast<int>(std::min<int64_t>(4, work.head_dim - c));
-      Vec<A> v[4];
-      for (int i = 0; i < 4; ++i) v[i] = load(planes + (c + i) * work.chunk + t) * factor;
-      store_tokens(rows + (first + t) * work.depth + c, work.depth, count, channels, v);
-    }
   }
 }
 
@@ -180,9 +180,9 @@ void find_masks(const Task& task, Window& window, Workspace<A>& work) {
   if (!task.mask) return;
   const bool* mask = task.mask + window.image * task.mask_batch;
   if (!task.mask_of_pairs) {
-    for_runs(task, window, [&](int64_t token, int64_t y, int64_t x, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) work.outside[token + i] = static_cast<A>(mask[y * task.width + x + i]);
-    });
+    for (int64_t t = 0; t < work.tokens; ++t) {
+      work.outside[t] = static_cast<A>(mask[work.places[t].y * task.width + work.places[t].x]);
+    }
     return;
   }
   mask += window.index * work.tokens * work.tokens;
@@ -210,21 +210,21 @@ void add_masks(const Task& task, const Workspace<A>& work, int64_t first, int64_
 }
 
 // logits[key][query] for the `width` queries from `first` on, into work.weights.
-template <class A>
+template <class A, class Between>
 TERSOR_INLINE void find_logits(const Task& task, const Window& window, const Workspace<A>& work, int64_t head,
-                               int64_t first, int64_t width) {
+                               int64_t first, int64_t width, Between between) {
   const A* bias = task.bias ? static_cast<const A*>(task.bias) + head * task.bias_size() + first : nullptr;
   const int64_t w = task.window_w, column = task.bias_column(), last = task.window_h - 1;
   product_columns<A>(
       work.tokens, width, work.head_dim, work.key, work.depth, 1, work.query_planes + first, work.pitch,
       [=](int64_t key) { return bias ? bias + key % w * column + (last - key / w) * w : nullptr; }, work.weights,
-      work.chunk);
+      work.chunk, between);
   if (window.masked) add_masks(task, work, first, width);
 }
 
-// Logits to weights that are not yet divided by their sum; one over the sums goes to `factors`.
+// Logits to weights that are not yet divided by their sum; one over the sums goes to work.factors.
 template <class A>
-TERSOR_INLINE void softmax(const Workspace<A>& work, int64_t first, int64_t width, A* factors) {
+TERSOR_INLINE void softmax(const Workspace<A>& work, int64_t first, int64_t width) {
   const int64_t tokens = work.tokens, chunk = work.chunk;
   for (int64_t a = 0; a < width; a += work.lanes) {
     A* at = work.weights + a;
@@ -246,7 +246,7 @@ TERSOR_INLINE void softmax(const Workspace<A>& work, int64_t first, int64_t widt
     }
     total += other;
     store<A>(work.logsumexp + first + a, largest + log(total));
-    store<A>(factors + a, A(1) / total);
+    store<A>(work.factors + first + a, A(1) / total);
   }
 }
 
@@ -254,14 +254,14 @@ TERSOR_INLINE void softmax(const Workspace<A>& work, int64_t first, int64_t widt
 template <class A, bool TO_WORKSPACE>
 TERSOR_INLINE void move_statistics(const Task& task, const Window& window, const Workspace<A>& work, int64_t head) {
   A* base = static_cast<A*>(task.logsumexp) + (window.image * task.heads + head) * task.height * task.width;
-  for_runs(task, window, [&](int64_t token, int64_t y, int64_t x, int64_t count) __attribute__((always_inline)) {
-    A *place = base + y * task.width + x, *own = work.logsumexp + token;
-    for (int64_t i = 0; i < count; i += work.lanes) {
-      const int n = static_cast<int>(std::min(work.lanes, count - i));
-      if (TO_WORKSPACE) store_as<A>(own + i, load_as<A>(place + i, n), n);
-      else store_as<A>(place + i, load_as<A>(own + i, n), n);
-    }
-  });
+  const int64_t tokens = work.tokens, width = task.width;
+  A* own = work.logsumexp;
+  const Place* places = work.places;
+  for (int64_t t = 0; t < tokens; ++t) {
+    A& place = base[places[t].y * width + places[t].x];
+    if (TO_WORKSPACE) own[t] = place;
+    else place = own[t];
+  }
 }
 
 TERSOR_INLINE Window find_window(const Task& task, int64_t index) {
@@ -274,33 +274,43 @@ TERSOR_INLINE Window find_window(const Task& task, int64_t index) {
 // Windows and heads counted together, the heads of a window one after the other: they share cache lines.
 template <class T, class A>
 void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
+  const auto nothing = [](int64_t) -> const A* { return nullptr; };
   Arena arena{memory};
   Workspace<A> work(task, arena, false);
-  Window window{};
+  Window window{}, next = find_window(task, begin / task.heads);
+  find_places(task, next, work.next_places);
+  const int64_t depth = work.depth;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = unit % task.heads;
+    const int64_t head = unit % task.heads, next_head = head + 1 == task.heads ? 0 : head + 1;
     if (unit == begin || head == 0) {
-      window = find_window(task, unit / task.heads);
+      window = next, std::swap(work.places, work.next_places);
       find_masks(task, window, work);
     }
-    load_rows<T, A>(task, window, task.query, head, static_cast<A>(task.scale), work.query, work.depth);
-    load_rows<T, A>(task, window, task.key, head, A(1), work.key, work.depth);
-    T* output = static_cast<T*>(task.output) + head * task.head_dim;
+    if (unit + 1 < end && next_head == 0) {
+      next = find_window(task, (unit + 1) / task.heads);
+      find_places(task, next, work.next_places);
+    }
+    Ahead ahead(work);
+    ahead.add<T>(task.output, window, work.places, head, task.head_dim);
+    if (unit + 1 < end) {
+      for (const View* view : {&task.query, &task.key, &task.value}) {
+        ahead.add<T>(*view, next_head ? window : next, next_head ? work.places : work.next_places, next_head,
+                     task.head_dim);
+      }
+    }
+    const auto between = [&] { ahead(); };
+    load_rows<T, A>(work, task.query, window, head, static_cast<A>(task.scale), work.query);
+    load_rows<T, A>(work, task.key, window, head, A(1), work.key);
+    load_rows<T, A>(work, task.value, window, head, A(1), work.value);
     to_planes(work, work.query, work.query_planes);
     for (int64_t first = 0; first < work.tokens; first += work.chunk) {
-      const int64_t width = std::min(work.chunk, work.pitch - first);
-      A factors[Workspace<A>::most];
-      find_logits(task, window, work, head, first, width);
-      if (first == 0) {  // now, since memory answers best if it is not asked for all at once
-        load_rows<T, A>(task, window, task.value, head, A(1), work.value, work.depth);
-        prefetch_result(task, window, output, task.heads * task.head_dim);
-      }
-      softmax(work, first, width, factors);
-      product_columns<A>(work.head_dim, width, work.tokens, work.value, 1, work.depth, work.weights, work.chunk,
-                         [](int64_t) -> const A* { return nullptr; }, work.out_planes, work.chunk);
-      from_planes(work, work.out_planes, first, width, factors, work.out);
+      const int64_t width = std::min(work.chunk, work.pitch - first), queries = std::min(width, work.tokens - first);
+      find_logits(task, window, work, head, first, width, between);
+      softmax(work, first, width);
+      product_columns<A>(queries, depth, work.tokens, work.weights, 1, work.chunk, work.value, depth, nothing,
+                         work.out + first * depth, depth, between);
     }
-    store_rows<T, A>(task, window, output, task.heads * task.head_dim, work.out, work.depth);
+    store_rows<T, A>(work, task.output, window, head, work.out, [&](int64_t t) { return work.factors[t]; });
     move_statistics<A, false>(task, window, work, head);
   }
 }
@@ -350,48 +360,39 @@ TERSOR_INLINE void add_bias_gradient(const Task& task, const Workspace<A>& work,
 
 // All gradients of one window and head; those of the bias are added to its table.
 template <class T, class A>
-void backward_window(const Task& task, const Window& window, Workspace<A>& work, int64_t head, A* table) {
+void backward_window(const Task& task, const Window& window, Workspace<A>& work, int64_t head, A* table, Ahead& ahead) {
   const auto nothing = [](int64_t) -> const A* { return nullptr; };
-  const int64_t depth = work.depth;
-  load_rows<T, A>(task, window, task.query, head, static_cast<A>(task.scale), work.query, depth);
-  load_rows<T, A>(task, window, task.key, head, A(1), work.key, depth);
+  const auto between = [&] { ahead(); };
+  const int64_t depth = work.depth, chunk = work.chunk, tokens = work.tokens;
+  load_rows<T, A>(work, task.query, window, head, static_cast<A>(task.scale), work.query);
+  load_rows<T, A>(work, task.key, window, head, A(1), work.key);
+  load_rows<T, A>(work, task.value, window, head, A(1), work.value);
+  load_rows<T, A>(work, task.grad_output, window, head, A(1), work.grad);
   to_planes(work, work.query, work.query_planes);
-  std::fill(work.logsumexp + work.tokens, work.logsumexp + work.pitch, A(0));
+  to_planes(work, work.grad, work.grad_planes);
+  std::fill(work.logsumexp + tokens, work.logsumexp + work.pitch, A(0));
   move_statistics<A, true>(task, window, work, head);
-  const auto prefetch_gradient = [&](int i) {
-    prefetch_result(task, window, static_cast<T*>(task.gradients[i]) + head * task.head_dim, task.gradient_columns[i]);
-  };
-  for (int64_t first = 0; first < work.tokens; first += work.chunk) {
-    const int64_t width = std::min(work.chunk, work.pitch - first), queries = std::min(width, work.tokens - first);
-    find_logits(task, window, work, head, first, width);
-    if (first == 0) {  // now, since memory answers best if it is not asked for all at once
-      load_rows<T, A>(task, window, task.value, head, A(1), work.value, depth);
-      load_rows<T, A>(task, window, task.grad_output, head, A(1), work.grad, depth);
-      to_planes(work, work.grad, work.grad_planes);
-    }
-    product_columns<A>(work.tokens, width, work.head_dim, work.value, depth, 1, work.grad_planes + first, work.pitch,
-                       nothing, work.grad_weights, work.chunk);
-    if (first == 0) prefetch_gradient(0);
+  for (int64_t first = 0; first < tokens; first += chunk) {
+    const int64_t width = std::min(chunk, work.pitch - first), queries = std::min(width, tokens - first);
+    find_logits(task, window, work, head, first, width, between);
+    product_columns<A>(tokens, width, work.head_dim, work.value, depth, 1, work.grad_planes + first, work.pitch,
+                       nothing, work.grad_weights, chunk, between);
     softmax_backward(work, first, width);
-    if (first == 0) prefetch_gradient(1);
     if (table) add_bias_gradient(task, work, first, width, table);
-    product_columns<A>(work.head_dim, width, work.tokens, work.key, 1, depth, work.grad_weights, work.chunk, nothing,
-                       work.out_planes, work.chunk);
-    from_planes(work, work.out_planes, first, width, work.scales, work.out);
-    if (first == 0) prefetch_gradient(2);
     const auto sums = [=](const A* to) {
       return [=](int64_t row) { return first ? to + row * depth : nullptr; };
     };
-    product_columns<A>(work.tokens, depth, queries, work.grad_weights, work.chunk, 1, work.query + first * depth, depth,
-                       sums(work.grad_key), work.grad_key, depth);
-    product_columns<A>(work.tokens, depth, queries, work.weights, work.chunk, 1, work.grad + first * depth, depth,
-                       sums(work.grad_value), work.grad_value, depth);
+    product_columns<A>(queries, depth, tokens, work.grad_weights, 1, chunk, work.key, depth, nothing,
+                       work.out + first * depth, depth, between);
+    product_columns<A>(tokens, depth, queries, work.grad_weights, chunk, 1, work.query + first * depth, depth,
+                       sums(work.grad_key), work.grad_key, depth, between);
+    product_columns<A>(tokens, depth, queries, work.weights, chunk, 1, work.grad + first * depth, depth,
+                       sums(work.grad_value), work.grad_value, depth, between);
   }
-  const A* results[3] = {work.out, work.grad_key, work.grad_value};
-  for (int i = 0; i < 3; ++i) {
-    T* base = static_cast<T*>(task.gradients[i]) + head * task.head_dim;
-    store_rows<T, A>(task, window, base, task.gradient_columns[i], results[i], depth);
-  }
+  const auto one = [](int64_t) { return A(1); };
+  store_rows<T, A>(work, task.gradients[0], window, head, work.out, [&](int64_t) { return static_cast<A>(task.scale); });
+  store_rows<T, A>(work, task.gradients[1], window, head, work.grad_key, one);
+  store_rows<T, A>(work, task.gradients[2], window, head, work.grad_value, one);
 }
 
 // Blocks of windows and groups of heads counted together.
@@ -399,8 +400,7 @@ template <class T, class A>
 void backward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
   Arena arena{memory};
   Workspace<A> work(task, arena, true);
-  std::fill(work.scales, work.scales + work.chunk, static_cast<A>(task.scale));
-  const int64_t groups = task.heads / task.head_group;
+  const int64_t groups = task.heads / task.head_group, windows = task.batch * task.windows();
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit / groups, first_head = unit % groups * task.head_group;
     A* tables = static_cast<A*>(task.grad_bias);
@@ -408,12 +408,27 @@ void backward_units(const Task& task, int64_t begin, int64_t end, char* memory) 
       tables += (block * task.heads + first_head) * task.bias_size();
       std::memset(tables, 0, task.head_group * task.bias_size() * sizeof(A));
     }
-    const int64_t last = std::min(task.batch * task.windows(), (block + 1) * task.block_windows);
+    const int64_t last = std::min(windows, (block + 1) * task.block_windows);
+    Window next = find_window(task, block * task.block_windows);
+    find_places(task, next, work.next_places);
     for (int64_t index = block * task.block_windows; index < last; ++index) {
-      Window window = find_window(task, index);
+      Window window = next;
+      std::swap(work.places, work.next_places);
       find_masks(task, window, work);
+      next = find_window(task, std::min(index + 1, windows - 1));
+      find_places(task, next, work.next_places);
       for (int64_t h = 0; h < task.head_group; ++h) {
-        backward_window<T, A>(task, window, work, first_head + h, tables ? tables + h * task.bias_size() : nullptr);
+        const bool same = h + 1 < task.head_group;
+        Ahead ahead(work);
+        for (const View& gradient : task.gradients) {
+          ahead.add<T>(gradient, window, work.places, first_head + h, task.head_dim);
+        }
+        for (const View* view : {&task.query, &task.key, &task.value, &task.grad_output}) {
+          ahead.add<T>(*view, same ? window : next, same ? work.places : work.next_places,
+                       first_head + (same ? h + 1 : 0), task.head_dim);
+        }
+        backward_window<T, A>(task, window, work, first_head + h, tables ? tables + h * task.bias_size() : nullptr,
+                              ahead);
       }
     }
   }
