@@ -1,7 +1,8 @@
 // The kernels of window_attention.cpp, compiled once per instruction set (foreach_isa.h includes this file).
 //
 // One window of one head at a time, all in the nearest caches. A vector holds neighbouring queries, so that the softmax
-// runs over vectors and never across one; keys are the rows. All products are broadcasts of one operand's elements times
+// runs over vectors and never across one; keys are the rows. A single query left over (of 7 x 7, say) would fill a vector
+// of every key: its keys lie in vectors instead. All products are broadcasts of one operand's elements times
 // vectors of the other: see product.h. The bias of a key is a run of the spread table (window_attention.h), which the
 // product starts from. Each result is computed by one unit, in an order that depends on nothing but the shapes.
 
@@ -16,28 +17,34 @@ template <class A>
 struct Workspace {
   static constexpr int64_t lanes = Simd<A>::lanes;
   static constexpr int64_t most = lanes * (TERSOR_ISA_LEVEL == 2 ? 4 : 8);  // queries of one pass over the keys
-  int64_t tokens, head_dim, pitch, depth, chunk;
+  int64_t tokens, head_dim, pitch, depth, chunk, row;
+  int64_t columns;                                        // queries in vectors: all, rounded up, or all but the last
+  bool lone;                                              // the last query is left over
   A *query, *key, *value, *grad, *out;                    // [tokens][depth]
   A *query_planes, *grad_planes;                          // [head_dim][pitch]
-  A *weights, *grad_weights;                              // [tokens][chunk]
+  A *weights, *grad_weights;                              // [tokens][row]: a chunk's, and those of a lone query
   A *logsumexp, *factors, *region, *outside, *pair_mask;  // [pitch], pair_mask: [tokens][pitch]
   A *grad_key, *grad_value;                               // [tokens][depth]
+  A *lone_weights, *lone_grads;                           // [pitch], of the keys
   Place *places, *next_places;                            // [tokens]
 
   Workspace(const Task& task, Arena& arena, bool backward) {
     const auto whole = [](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
     tokens = task.tokens(), head_dim = task.head_dim;
-    pitch = whole(tokens), depth = whole(head_dim), chunk = std::min(most, pitch);
+    pitch = whole(tokens), depth = whole(head_dim);
+    lone = tokens > lanes && tokens % lanes == 1;
+    columns = lone ? tokens - 1 : pitch, chunk = std::min(most, columns), row = whole(chunk + lone);
     query = arena.take<A>(pitch * depth), key = arena.take<A>(pitch * depth), value = arena.take<A>(pitch * depth);
     out = arena.take<A>(pitch * depth);
-    query_planes = arena.take<A>(head_dim * pitch), weights = arena.take<A>(tokens * chunk);
+    query_planes = arena.take<A>(head_dim * pitch), weights = arena.take<A>(tokens * row);
     logsumexp = arena.take<A>(pitch), factors = arena.take<A>(pitch);
     region = arena.take<A>(pitch), outside = arena.take<A>(pitch);
+    lone_weights = arena.take<A>(pitch), lone_grads = arena.take<A>(pitch);
     places = arena.take<Place>(tokens), next_places = arena.take<Place>(tokens);
     pair_mask = arena.take<A>(task.mask && task.mask_of_pairs ? tokens * pitch : 0);
     if (backward) {
       grad = arena.take<A>(pitch * depth), grad_planes = arena.take<A>(head_dim * pitch);
-      grad_weights = arena.take<A>(tokens * chunk);
+      grad_weights = arena.take<A>(tokens * row);
       grad_key = arena.take<A>(pitch * depth), grad_value = arena.take<A>(pitch * depth);
     }
     if (!arena.base) return;
@@ -73,17 +80,15 @@ TERSOR_INLINE void find_places(const Task& task, const Window& window, Place* pl
   }
 }
 
-// What one head of the window will read or write, asked for ahead of time and in small portions, a portion between two
-// tiles of a product: its runs are too short for the hardware to see them coming, and the memory answers only so many
-// questions at once.
+// What one head of a window will read or write, asked for ahead of time, a portion between two tiles of a product: the
+// runs of tokens are too short for the hardware to see them coming, and memory answers few questions at once.
 class Ahead {
  public:
   template <class A>
   explicit Ahead(const Workspace<A>& work) : tokens(work.tokens) {}
 
   template <class T>
-  void add(const View& view, const Window& window, const Place* places, int64_t head,
-                                int64_t head_dim) {
+  void add(const View& view, const Window& window, const Place* places, int64_t head, int64_t head_dim) {
     constexpr int64_t size = static_cast<int64_t>(sizeof(T));
     const T* base = static_cast<const T*>(view.data) + window.image * view.batch + head * view.head;
     parts[count++] = {reinterpret_cast<const char*>(base), places, view.row * size, view.column * size};
@@ -149,10 +154,10 @@ TERSOR_INLINE void store_rows(const Workspace<A>& work, const View& view, const 
   }
 }
 
-// [tokens][depth] to [head_dim][pitch], zero beyond the last token.
+// [tokens][depth] to [head_dim][pitch], zero beyond the last token; a lone query has none.
 template <class A>
 TERSOR_INLINE void to_planes(const Workspace<A>& work, const A* rows, A* planes) {
-  for (int64_t t = 0; t < work.tokens; t += work.lanes) {
+  for (int64_t t = 0; t < work.columns; t += work.lanes) {
     const int count = static_cast<int>(std::min(work.lanes, work.tokens - t));
     transpose_in(rows + t * work.depth, work.depth, count, work.head_dim, planes + t, work.pitch);
   }
@@ -200,7 +205,7 @@ void add_masks(const Task& task, const Workspace<A>& work, int64_t first, int64_
   for (int64_t key = 0; key < work.tokens; ++key) {
     const Vec<A> region = splat(work.region[key]), outside = splat(work.outside[key]);
     for (int64_t a = 0; a < width; a += work.lanes) {
-      A* at = work.weights + key * work.chunk + a;
+      A* at = work.weights + key * work.row + a;
       Vec<A> count = load(work.region + first + a) != region ? splat(A(1)) : Vec<A>{};
       count += load(work.outside + first + a) * outside;
       if (pairs) count += load(work.pair_mask + key * work.pitch + first + a);
@@ -218,30 +223,30 @@ TERSOR_INLINE void find_logits(const Task& task, const Window& window, const Wor
   product_columns<A>(
       work.tokens, width, work.head_dim, work.key, work.depth, 1, work.query_planes + first, work.pitch,
       [=](int64_t key) { return bias ? bias + key % w * column + (last - key / w) * w : nullptr; }, work.weights,
-      work.chunk, between);
+      work.row, between);
   if (window.masked) add_masks(task, work, first, width);
 }
 
 // Logits to weights that are not yet divided by their sum; one over the sums goes to work.factors.
 template <class A>
 TERSOR_INLINE void softmax(const Workspace<A>& work, int64_t first, int64_t width) {
-  const int64_t tokens = work.tokens, chunk = work.chunk;
+  const int64_t tokens = work.tokens, row = work.row;
   for (int64_t a = 0; a < width; a += work.lanes) {
     A* at = work.weights + a;
     Vec<A> largest = load(at);
-    for (int64_t key = 1; key < tokens; ++key) largest = max<A>(load(at + key * chunk), largest);
+    for (int64_t key = 1; key < tokens; ++key) largest = max<A>(load(at + key * row), largest);
     // Two sums, so that one addition need not wait for the other.
     Vec<A> total = exp(load(at) - largest), other{};
     store<A>(at, total);
     int64_t key = 1;
     for (; key + 2 <= tokens; key += 2) {
-      const Vec<A> one = exp(load(at + key * chunk) - largest), two = exp(load(at + (key + 1) * chunk) - largest);
-      store<A>(at + key * chunk, one), store<A>(at + (key + 1) * chunk, two);
+      const Vec<A> one = exp(load(at + key * row) - largest), two = exp(load(at + (key + 1) * row) - largest);
+      store<A>(at + key * row, one), store<A>(at + (key + 1) * row, two);
       other += one, total += two;
     }
     if (key < tokens) {
-      const Vec<A> one = exp(load(at + key * chunk) - largest);
-      store<A>(at + key * chunk, one);
+      const Vec<A> one = exp(load(at + key * row) - largest);
+      store<A>(at + key * row, one);
       other += one;
     }
     total += other;
@@ -263,6 +268,14 @@ TERSOR_INLINE void move_statistics(const Task& task, const Window& window, const
     else place = own[t];
   }
 }
+
+}  // namespace TERSOR_ISA
+}  // namespace tersor::window_attention
+
+#include "attention/window_attention_lone.h"
+
+namespace tersor::window_attention {
+namespace TERSOR_ISA {
 
 TERSOR_INLINE Window find_window(const Task& task, int64_t index) {
   const int64_t windows = task.windows(), across = task.windows_across();
@@ -303,11 +316,17 @@ void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
     load_rows<T, A>(work, task.key, window, head, A(1), work.key);
     load_rows<T, A>(work, task.value, window, head, A(1), work.value);
     to_planes(work, work.query, work.query_planes);
-    for (int64_t first = 0; first < work.tokens; first += work.chunk) {
-      const int64_t width = std::min(work.chunk, work.pitch - first), queries = std::min(width, work.tokens - first);
+    for (int64_t first = 0; first < work.columns; first += work.chunk) {
+      const int64_t width = std::min(work.chunk, work.columns - first);
+      const bool lone = work.lone && first + width == work.columns;
+      const int64_t queries = std::min(width, work.tokens - first) + lone;
       find_logits(task, window, work, head, first, width, between);
       softmax(work, first, width);
-      product_columns<A>(queries, depth, work.tokens, work.weights, 1, work.chunk, work.value, depth, nothing,
+      if (lone) {
+        find_lone_logits(task, window, work, head);
+        lone_softmax(work, work.weights + width);
+      }
+      product_columns<A>(queries, depth, work.tokens, work.weights, 1, work.row, work.value, depth, nothing,
                          work.out + first * depth, depth, between);
     }
     store_rows<T, A>(work, task.output, window, head, work.out, [&](int64_t t) { return work.factors[t]; });
@@ -318,7 +337,7 @@ void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
 // Weights from logits and <grad_output, value> to weights and gradients of the logits, in place.
 template <class A>
 TERSOR_INLINE void softmax_backward(const Workspace<A>& work, int64_t first, int64_t width) {
-  const int64_t tokens = work.tokens, chunk = work.chunk;
+  const int64_t tokens = work.tokens, row = work.row;
   for (int64_t a = 0; a < width; a += work.lanes) {
     const int present = static_cast<int>(std::min(work.lanes, tokens - first - a));
     A *weights = work.weights + a, *grads = work.grad_weights + a;
@@ -326,22 +345,22 @@ TERSOR_INLINE void softmax_backward(const Workspace<A>& work, int64_t first, int
     Vec<A> mean{}, other{};  // <grad_output, output>, which is the weights' mean of <grad_output, value>
     int64_t key = 0;
     for (; key + 2 <= tokens; key += 2) {
-      Vec<A> one = exp(load(weights + key * chunk) - logsumexp);
-      Vec<A> two = exp(load(weights + (key + 1) * chunk) - logsumexp);
+      Vec<A> one = exp(load(weights + key * row) - logsumexp);
+      Vec<A> two = exp(load(weights + (key + 1) * row) - logsumexp);
       if (present < work.lanes) one = keep_first<A>(one, present), two = keep_first<A>(two, present);
-      store<A>(weights + key * chunk, one), store<A>(weights + (key + 1) * chunk, two);
-      mean = fma<A>(one, load(grads + key * chunk), mean);
-      other = fma<A>(two, load(grads + (key + 1) * chunk), other);
+      store<A>(weights + key * row, one), store<A>(weights + (key + 1) * row, two);
+      mean = fma<A>(one, load(grads + key * row), mean);
+      other = fma<A>(two, load(grads + (key + 1) * row), other);
     }
     if (key < tokens) {
-      Vec<A> one = exp(load(weights + key * chunk) - logsumexp);
+      Vec<A> one = exp(load(weights + key * row) - logsumexp);
       if (present < work.lanes) one = keep_first<A>(one, present);
-      store<A>(weights + key * chunk, one);
-      mean = fma<A>(one, load(grads + key * chunk), mean);
+      store<A>(weights + key * row, one);
+      mean = fma<A>(one, load(grads + key * row), mean);
     }
     mean += other;
     for (key = 0; key < tokens; ++key) {
-      store<A>(grads + key * chunk, load(weights + key * chunk) * (load(grads + key * chunk) - mean));
+      store<A>(grads + key * row, load(weights + key * row) * (load(grads + key * row) - mean));
     }
   }
 }
@@ -353,7 +372,7 @@ TERSOR_INLINE void add_bias_gradient(const Task& task, const Workspace<A>& work,
   const int64_t w = task.window_w, column = task.bias_column(), last = task.window_h - 1;
   for (int64_t key = 0; key < work.tokens; ++key) {
     A* to = table + key % w * column + (last - key / w) * w + first;
-    const A* from = work.grad_weights + key * work.chunk;
+    const A* from = work.grad_weights + key * work.row;
     for (int64_t a = 0; a < width; a += work.lanes) store<A>(to + a, load(to + a) + load(from + a));
   }
 }
@@ -363,7 +382,7 @@ template <class T, class A>
 void backward_window(const Task& task, const Window& window, Workspace<A>& work, int64_t head, A* table, Ahead& ahead) {
   const auto nothing = [](int64_t) -> const A* { return nullptr; };
   const auto between = [&] { ahead(); };
-  const int64_t depth = work.depth, chunk = work.chunk, tokens = work.tokens;
+  const int64_t depth = work.depth, row = work.row, tokens = work.tokens;
   load_rows<T, A>(work, task.query, window, head, static_cast<A>(task.scale), work.query);
   load_rows<T, A>(work, task.key, window, head, A(1), work.key);
   load_rows<T, A>(work, task.value, window, head, A(1), work.value);
@@ -372,21 +391,31 @@ void backward_window(const Task& task, const Window& window, Workspace<A>& work,
   to_planes(work, work.grad, work.grad_planes);
   std::fill(work.logsumexp + tokens, work.logsumexp + work.pitch, A(0));
   move_statistics<A, true>(task, window, work, head);
-  for (int64_t first = 0; first < tokens; first += chunk) {
-    const int64_t width = std::min(chunk, work.pitch - first), queries = std::min(width, tokens - first);
+  for (int64_t first = 0; first < work.columns; first += work.chunk) {
+    const int64_t width = std::min(work.chunk, work.columns - first);
+    const bool lone = work.lone && first + width == work.columns;
+    const int64_t queries = std::min(width, tokens - first) + lone;
     find_logits(task, window, work, head, first, width, between);
     product_columns<A>(tokens, width, work.head_dim, work.value, depth, 1, work.grad_planes + first, work.pitch,
-                       nothing, work.grad_weights, chunk, between);
+                       nothing, work.grad_weights, row, between);
     softmax_backward(work, first, width);
     if (table) add_bias_gradient(task, work, first, width, table);
+    if (lone) {
+      find_lone_logits(task, window, work, head);
+      std::fill(work.lone_grads, work.lone_grads + tokens, A(0));
+      add_lone_product(work, work.grad + (tokens - 1) * depth, work.value, work.lone_grads);
+      lone_softmax_backward(work, work.weights + width, work.grad_weights + width);
+      const A* grads = work.lone_grads;
+      if (table) for_lone_bias(task, work, [=](int64_t key, int64_t place) { table[place] += grads[key]; });
+    }
     const auto sums = [=](const A* to) {
-      return [=](int64_t row) { return first ? to + row * depth : nullptr; };
+      return [=](int64_t key) { return first ? to + key * depth : nullptr; };
     };
-    product_columns<A>(queries, depth, tokens, work.grad_weights, 1, chunk, work.key, depth, nothing,
+    product_columns<A>(queries, depth, tokens, work.grad_weights, 1, row, work.key, depth, nothing,
                        work.out + first * depth, depth, between);
-    product_columns<A>(tokens, depth, queries, work.grad_weights, chunk, 1, work.query + first * depth, depth,
+    product_columns<A>(tokens, depth, queries, work.grad_weights, row, 1, work.query + first * depth, depth,
                        sums(work.grad_key), work.grad_key, depth, between);
-    product_columns<A>(tokens, depth, queries, work.weights, chunk, 1, work.grad + first * depth, depth,
+    product_columns<A>(tokens, depth, queries, work.weights, row, 1, work.grad + first * depth, depth,
                        sums(work.grad_value), work.grad_value, depth, between);
   }
   const auto one = [](int64_t) { return A(1); };
