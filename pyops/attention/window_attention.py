@@ -237,9 +237,7 @@ def _check_bias(name: str, position_bias: Tensor, heads: int, device: torch.devi
         raise ValueError(f"{name}: position_bias must be on the device of query {device}, got {position_bias.device}")
 
 
-def _check_mask(
-    name: str, mask: Tensor, shape: Sequence[int], device: torch.device, window: Sequence[int]
-) -> None:
+def _check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.device, window: Sequence[int]) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
