@@ -52,7 +52,7 @@ struct Nothing {  // between tiles
 // large tile, a few hundred cycles of arithmetic that leave the memory idle.
 template <class A, int VECTORS, class Start, class Between>
 static void product(int64_t rows, int64_t depth, const A* a, int64_t row_a, int64_t step_a, const A* b, int64_t step_b,
-                    Start start, A* c, int64_t row_c, Between between) {
+                    Start start, A* c, int64_t row_c, Between&& between) {
   constexpr int ROWS = product_rows<VECTORS>();
   int64_t row = 0;
   for (; row + ROWS <= rows; row += ROWS) {
@@ -71,7 +71,8 @@ static void product(int64_t rows, int64_t depth, const A* a, int64_t row_a, int6
 // The same for any number of columns, rounded up to whole vectors: whatever is read must be there.
 template <class A, class Start, class Between = Nothing>
 static void product_columns(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t row_a, int64_t step_a,
-                            const A* b, int64_t step_b, Start start, A* c, int64_t row_c, Between between = {}) {
+                            const A* b, int64_t step_b, Start start, A* c, int64_t row_c,
+                            Between&& between = {}) {
   constexpr int64_t lanes = Simd<A>::lanes;
   for (int64_t at = 0, left; (left = (columns - at + lanes - 1) / lanes) > 0;) {
     const auto from = [&](int64_t i) { const A* p = start(i); return p ? p + at : p; };

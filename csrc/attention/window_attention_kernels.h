@@ -215,15 +215,15 @@ void add_masks(const Task& task, const Workspace<A>& work, int64_t first, int64_
 }
 
 // logits[key][query] for the `width` queries from `first` on, into work.weights.
-template <class A, class Between>
+template <class A>
 TERSOR_INLINE void find_logits(const Task& task, const Window& window, const Workspace<A>& work, int64_t head,
-                               int64_t first, int64_t width, Between between) {
+                               int64_t first, int64_t width, Ahead& ahead) {
   const A* bias = task.bias ? static_cast<const A*>(task.bias) + head * task.bias_size() + first : nullptr;
   const int64_t w = task.window_w, column = task.bias_column(), last = task.window_h - 1;
   product_columns<A>(
       work.tokens, width, work.head_dim, work.key, work.depth, 1, work.query_planes + first, work.pitch,
       [=](int64_t key) { return bias ? bias + key % w * column + (last - key / w) * w : nullptr; }, work.weights,
-      work.row, between);
+      work.row, ahead);
   if (window.masked) add_masks(task, work, first, width);
 }
 
@@ -311,7 +311,6 @@ void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
                      task.head_dim);
       }
     }
-    const auto between = [&] { ahead(); };
     load_rows<T, A>(work, task.query, window, head, static_cast<A>(task.scale), work.query);
     load_rows<T, A>(work, task.key, window, head, A(1), work.key);
     load_rows<T, A>(work, task.value, window, head, A(1), work.value);
@@ -320,14 +319,14 @@ void forward_units(const Task& task, int64_t begin, int64_t end, char* memory) {
       const int64_t width = std::min(work.chunk, work.columns - first);
       const bool lone = work.lone && first + width == work.columns;
       const int64_t queries = std::min(width, work.tokens - first) + lone;
-      find_logits(task, window, work, head, first, width, between);
+      find_logits(task, window, work, head, first, width, ahead);
       softmax(work, first, width);
       if (lone) {
         find_lone_logits(task, window, work, head);
         lone_softmax(work, work.weights + width);
       }
       product_columns<A>(queries, depth, work.tokens, work.weights, 1, work.row, work.value, depth, nothing,
-                         work.out + first * depth, depth, between);
+                         work.out + first * depth, depth, ahead);
     }
     store_rows<T, A>(work, task.output, window, head, work.out, [&](int64_t t) { return work.factors[t]; });
     move_statistics<A, false>(task, window, work, head);
@@ -381,7 +380,6 @@ TERSOR_INLINE void add_bias_gradient(const Task& task, const Workspace<A>& work,
 template <class T, class A>
 void backward_window(const Task& task, const Window& window, Workspace<A>& work, int64_t head, A* table, Ahead& ahead) {
   const auto nothing = [](int64_t) -> const A* { return nullptr; };
-  const auto between = [&] { ahead(); };
   const int64_t depth = work.depth, row = work.row, tokens = work.tokens;
   load_rows<T, A>(work, task.query, window, head, static_cast<A>(task.scale), work.query);
   load_rows<T, A>(work, task.key, window, head, A(1), work.key);
@@ -395,9 +393,9 @@ void backward_window(const Task& task, const Window& window, Workspace<A>& work,
     const int64_t width = std::min(work.chunk, work.columns - first);
     const bool lone = work.lone && first + width == work.columns;
     const int64_t queries = std::min(width, tokens - first) + lone;
-    find_logits(task, window, work, head, first, width, between);
+    find_logits(task, window, work, head, first, width, ahead);
     product_columns<A>(tokens, width, work.head_dim, work.value, depth, 1, work.grad_planes + first, work.pitch,
-                       nothing, work.grad_weights, row, between);
+                       nothing, work.grad_weights, row, ahead);
     softmax_backward(work, first, width);
     if (table) add_bias_gradient(task, work, first, width, table);
     if (lone) {
@@ -412,11 +410,11 @@ void backward_window(const Task& task, const Window& window, Workspace<A>& work,
       return [=](int64_t key) { return first ? to + key * depth : nullptr; };
     };
     product_columns<A>(queries, depth, tokens, work.grad_weights, 1, row, work.key, depth, nothing,
-                       work.out + first * depth, depth, between);
+                       work.out + first * depth, depth, ahead);
     product_columns<A>(tokens, depth, queries, work.grad_weights, row, 1, work.query + first * depth, depth,
-                       sums(work.grad_key), work.grad_key, depth, between);
+                       sums(work.grad_key), work.grad_key, depth, ahead);
     product_columns<A>(tokens, depth, queries, work.weights, row, 1, work.grad + first * depth, depth,
-                       sums(work.grad_value), work.grad_value, depth, between);
+                       sums(work.grad_value), work.grad_value, depth, ahead);
   }
   const auto one = [](int64_t) { return A(1); };
   store_rows<T, A>(work, task.gradients[0], window, head, work.out, [&](int64_t) { return static_cast<A>(task.scale); });
