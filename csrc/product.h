@@ -43,15 +43,21 @@ TERSOR_INLINE void product_tile(int64_t row, int64_t depth, const A* a, int64_t 
   }
 }
 
+struct Nothing {  // between tiles
+  void operator()() const {}
+};
+
 // C = start + A * B for `rows` rows of `VECTORS` vectors. Element (i, k) of A lies at a[i * row_a + k * step_a], row k of
-// B at b + k * step_b; start(i) points at what row i begins with, or is null for zeros.
-template <class A, int VECTORS, class Start>
+// B at b + k * step_b; start(i) points at what row i begins with, or is null for zeros. between() is called after each
+// large tile, a few hundred cycles of arithmetic that leave the memory idle.
+template <class A, int VECTORS, class Start, class Between>
 static void product(int64_t rows, int64_t depth, const A* a, int64_t row_a, int64_t step_a, const A* b, int64_t step_b,
-                    Start start, A* c, int64_t row_c) {
+                    Start start, A* c, int64_t row_c, Between&& between) {
   constexpr int ROWS = product_rows<VECTORS>();
   int64_t row = 0;
   for (; row + ROWS <= rows; row += ROWS) {
     product_tile<A, ROWS, VECTORS>(row, depth, a, row_a, step_a, b, step_b, start, c, row_c);
+    between();
   }
   for (; row + ROWS / 2 <= rows; row += ROWS / 2) {
     product_tile<A, ROWS / 2, VECTORS>(row, depth, a, row_a, step_a, b, step_b, start, c, row_c);
@@ -63,15 +69,16 @@ static void product(int64_t rows, int64_t depth, const A* a, int64_t row_a, int6
 }
 
 // The same for any number of columns, rounded up to whole vectors: whatever is read must be there.
-template <class A, class Start>
+template <class A, class Start, class Between = Nothing>
 static void product_columns(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t row_a, int64_t step_a,
-                            const A* b, int64_t step_b, Start start, A* c, int64_t row_c) {
+                            const A* b, int64_t step_b, Start start, A* c, int64_t row_c,
+                            Between&& between = {}) {
   constexpr int64_t lanes = Simd<A>::lanes;
   for (int64_t at = 0, left; (left = (columns - at + lanes - 1) / lanes) > 0;) {
     const auto from = [&](int64_t i) { const A* p = start(i); return p ? p + at : p; };
     const auto run = [&](auto vectors) {
       constexpr int n = decltype(vectors)::value;
-      product<A, n>(rows, depth, a, row_a, step_a, b + at, step_b, from, c + at, row_c);
+      product<A, n>(rows, depth, a, row_a, step_a, b + at, step_b, from, c + at, row_c, between);
       at += n * lanes;
     };
     if constexpr (PRODUCT_VECTORS == 4) {

@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor output = torch::stable::new_empty(
       query, {task.batch, task.height, task.width, task.heads, task.head_dim}, dtype);
   Tensor logsumexp = torch::stable::new_empty(query, {task.batch, task.heads, task.height, task.width}, exact);
-  task.output = output.mutable_data_ptr(), task.logsumexp = logsumexp.mutable_data_ptr();
+  task.output = view_of(output), task.logsumexp = logsumexp.mutable_data_ptr();
   if (dtype == ScalarType::Float) run_forward<float, float>(task, position_bias);
   if (dtype == ScalarType::Half) run_forward<Half, float>(task, position_bias);
   if (dtype == ScalarType::BFloat16) run_forward<BFloat16, float>(task, position_bias);
@@ -217,8 +217,8 @@ void place_gradients(Task& task, const std::vector<int64_t>& packs, char* data, 
     STD_TORCH_CHECK(count > 0 && part + count <= 3, "packs must be positive and sum to 3");
     char* pack = data + part * all * element;
     for (int64_t i = 0; i < count; ++i, ++part) {
-      task.gradients[part] = pack + i * channels * element;
-      task.gradient_columns[part] = count * channels;
+      const int64_t column = count * channels, row = task.width * column;
+      task.gradients[part] = {pack + i * channels * element, task.height * row, row, column, task.head_dim};
     }
   }
   STD_TORCH_CHECK(part == 3, "packs must be positive and sum to 3");

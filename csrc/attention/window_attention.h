@@ -10,6 +10,10 @@ struct View {  // (B, H, W, heads, head_dim), head_dim contiguous; strides in el
   int64_t batch, row, column, head;
 };
 
+struct Place {  // of a token in its map
+  int64_t y, x;
+};
+
 struct Task {
   int64_t batch, height, width, heads, head_dim;
   int64_t window_h, window_w, shift_h, shift_w;
@@ -19,10 +23,9 @@ struct Task {
   bool mask_of_pairs;
   int64_t mask_batch;  // elements from one image to the next, 0 where all share one
   const void* bias;    // spread, see bias_size(); null for none
-  void *output, *logsumexp;          // contiguous
-  void* gradients[3];                // of query, key and value at the first token
-  int64_t gradient_columns[3];       // elements from one token to the next
-  void* grad_bias;                   // one spread table per block of windows and head; null for none
+  View output, gradients[3];  // written, the gradients of query, key and value
+  void* logsumexp;            // (B, heads, H, W), contiguous
+  void* grad_bias;            // one spread table per block of windows and head; null for none
   int64_t blocks, block_windows;     // how the windows are shared out where their bias gradients are summed
   int64_t head_group;                // heads of a window that are worked on one after the other
 

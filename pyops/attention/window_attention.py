@@ -181,8 +181,10 @@ def _attend(
     scale: float | None,
 ) -> Tensor:
     """The checks that are common to all packings, and the call; of each pack, ``packs`` says how many it holds."""
-    query = _unpack(tensors, packs)[0]
-    window_size, shift = check_window_options(name, query.shape, window_size, shift)
+    query = tensors[0]
+    assert query is not None
+    shape = query.shape if packs[0] == 1 else (*query.shape[:3], *query.shape[4:])  # no view: autograd would record it
+    window_size, shift = check_window_options(name, shape, window_size, shift)
     for option, number in (("mask_value", mask_value), ("scale", scale)):
         if number is None and option == "scale":
             continue
@@ -191,13 +193,13 @@ def _attend(
         if not abs(number) < math.inf:  # math.isfinite cannot be traced
             raise ValueError(f"{name}: {option} must be finite, got {number}")
     if position_bias is not None:
-        _check_bias(name, position_bias, query, window_size)
+        _check_bias(name, position_bias, shape[3], query.device, window_size)
     if mask is not None:
-        _check_mask(name, mask, query, window_size)
+        _check_mask(name, mask, shape, query.device, window_size)
     floating = [t for t in (*tensors, position_bias) if t is not None]
     cast = iter(autocast_tensors(query.device.type, *floating))
     first, second, third, bias = (None if t is None else next(cast) for t in (*tensors, position_bias))
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = shape[-1] ** -0.5 if scale is None else float(scale)
     options = (window_size, shift, float(mask_value), scale, packs)
     return call_function(_WindowAttention, first, second, third, bias, mask, *options)[0]
 
@@ -223,25 +225,23 @@ def check_window_options(
     return window, shifts
 
 
-def _check_bias(name: str, position_bias: Tensor, query: Tensor, window: Sequence[int]) -> None:
+def _check_bias(name: str, position_bias: Tensor, heads: int, device: torch.device, window: Sequence[int]) -> None:
     check_floating(name, position_bias=position_bias)
-    expected = ((2 * window[0] - 1) * (2 * window[1] - 1), query.shape[3])
+    expected = ((2 * window[0] - 1) * (2 * window[1] - 1), heads)
     if tuple(position_bias.shape) != expected:
         raise ValueError(
             f"{name}: position_bias must be ((2 h - 1) * (2 w - 1), heads) = {expected} for a window of "
             f"{window[0]} x {window[1]}, got shape {tuple(position_bias.shape)}"
         )
-    if position_bias.device != query.device:
-        raise ValueError(
-            f"{name}: position_bias must be on the device of query {query.device}, got {position_bias.device}"
-        )
+    if position_bias.device != device:
+        raise ValueError(f"{name}: position_bias must be on the device of query {device}, got {position_bias.device}")
 
 
-def _check_mask(name: str, mask: Tensor, query: Tensor, window: Sequence[int]) -> None:
+def _check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.device, window: Sequence[int]) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
-    batch, height, width = query.shape[:3]
+    batch, height, width = shape[:3]
     tokens = window[0] * window[1]
     expected = (height, width) if mask.dim() == 3 else (height * width // tokens, tokens, tokens)
     if mask.dim() not in (3, 4) or mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != expected:
@@ -249,8 +249,8 @@ def _check_mask(name: str, mask: Tensor, query: Tensor, window: Sequence[int]) -
             f"{name}: mask must be (1 or {batch}, {height}, {width}) or (1 or {batch}, "
             f"{height * width // tokens}, {tokens}, {tokens}), got shape {tuple(mask.shape)}"
         )
-    if mask.device != query.device:
-        raise ValueError(f"{name}: mask must be on the device of query {query.device}, got {mask.device}")
+    if mask.device != device:
+        raise ValueError(f"{name}: mask must be on the device of query {device}, got {mask.device}")
 
 
 def _unpack(tensors: Sequence[Tensor | None], packs: Sequence[int]) -> list[Tensor]:

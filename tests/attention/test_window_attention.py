@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -143,6 +144,8 @@ def test_published_ways_give_the_same(peer: Any, mask: str | None, run: tuple[st
         ((4, 4), (-2, -2), (2, 8, 12, 1, 6)),
         ((8, 4), (0, 3), (1, 8, 8, 1, 5)),
         ((2, 5), (-1, 0), (1, 4, 5, 2, 3)),
+        ((9, 9), (4, -2), (1, 9, 18, 1, 20)),  # 81, 49 and 17 tokens leave one query that fills no vector
+        ((1, 17), (0, 5), (2, 3, 17, 2, 3)),
     ):
         tensors = [torch.randn(size, device=run[0], requires_grad=True) for _ in range(3)]
         tensors.append(_table(size[3], window, device=run[0]).requires_grad_())
@@ -199,11 +202,24 @@ def test_masks_add_up() -> None:
 
 
 def test_large_logits_do_not_overflow(run: tuple[str, str]) -> None:
-    query, key, value = (torch.randn(1, 4, 6, 1, 8, device=run[0]) for _ in range(3))
-    output = tersor.window_attention(100 * query, 100 * key, value, WINDOW, SHIFT, scale=1.0)
-    wide = [t.double() for t in (100 * query, 100 * key, value)]
-    expected = _reference(*wide, None, None, WINDOW, SHIFT, -100.0, 1.0)[0]
-    torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=1e-3)
+    for window, shift, size in ((WINDOW, SHIFT, (1, 4, 6, 1, 8)), ((7, 7), (3, 0), (1, 7, 14, 1, 8))):
+        query, key, value = (torch.randn(size, device=run[0]) for _ in range(3))
+        output = tersor.window_attention(100 * query, 100 * key, value, window, shift, scale=1.0)
+        wide = [t.double() for t in (100 * query, 100 * key, value)]
+        expected = _reference(*wide, None, None, window, shift, -100.0, 1.0)[0]
+        torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_not_finite_stays_in_its_query(run: tuple[str, str]) -> None:
+    """A NaN or an infinity in the first or the last query of a window of 7 x 7 spoils that query's output alone."""
+    for place in (0, 48):
+        for bad in (math.nan, math.inf):
+            query, key, value = (torch.randn(1, 7, 14, 2, 8, device=run[0]) for _ in range(3))
+            query[0, place // 7, place % 7, 1] = bad
+            output = tersor.window_attention(query, key, value, 7)
+            spoilt = output.isnan().all(-1).nonzero().tolist()
+            assert spoilt == [[0, place // 7, place % 7, 1]]
+            assert int(output.isnan().sum()) == 8
 
 
 def test_bias_of_another_dtype(run: tuple[str, str]) -> None:

@@ -330,9 +330,9 @@ def _check(
         raise ValueError(f"{name}: query must be (B, H, W, heads, head_dim), got shape {tuple(query.shape)}")
     window, _ = check_window_options(name, query.shape, window_size, shift)
     if position_bias is not None:
-        _check_bias(name, position_bias, query, window)
+        _check_bias(name, position_bias, query.shape[3], query.device, window)
     if mask is not None:
-        _check_mask(name, mask, query, window)
+        _check_mask(name, mask, query.shape, query.device, window)
 
 
 def _vector_bytes(query: Tensor) -> int:
