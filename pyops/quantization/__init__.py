@@ -1,5 +1,8 @@
 """Low-bit quantisation: trainable fake-quantisers, layers, packed inference and export."""
 
+import importlib
+from typing import Any
+
 from tersor.quantization.bounded_activation import BoundedActivation
 from tersor.quantization.bounds_schedule import BoundsSchedule
 from tersor.quantization.convert import convert_
@@ -11,7 +14,6 @@ from tersor.quantization.fake_quantize_lsq import fake_quantize_lsq, lsq_scale
 from tersor.quantization.fake_quantize_lsq_plus import fake_quantize_lsq_plus, lsq_plus_parameters
 from tersor.quantization.fake_quantize_pact import fake_quantize_pact
 from tersor.quantization.layers import QuantizedConv2d, QuantizedLinear, WeightFakeQuantize
-from tersor.quantization.onnx_export import export_onnx
 from tersor.quantization.pack_codes import pack_codes, unpack_codes
 from tersor.quantization.packed_layers import PackedConv2d, PackedLinear
 from tersor.quantization.percentile_bounds import percentile_bounds
@@ -45,3 +47,10 @@ __all__ = [
     "unpack_codes",
     "weight_fake_quantize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported on first use."""
+    if name == "export_onnx":
+        return importlib.import_module("tersor.quantization.onnx_export").export_onnx
+    raise AttributeError(f"module 'tersor.quantization' has no attribute {name!r}")

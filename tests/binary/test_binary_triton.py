@@ -34,7 +34,11 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs a process with T
 compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler by the interpreter")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity in the interpreter
 
-OPERATORS = [name for name, op in _operator.REGISTRY.items() if op.place.startswith("binary/")]
+OPERATORS = [
+    name
+    for name, op in _operator.REGISTRY.items()
+    if op.place.startswith("binary/") and _backends._has_triton_module(op)
+]
 DTYPES = [torch.float32, torch.float16]
 INF, NAN = float("inf"), float("nan")
 ops = torch.ops.tersor
