@@ -28,7 +28,7 @@ def runtime(name: str) -> str:
 def test_no_bad_memory_and_no_undefined_behaviour(tmp_path: Path) -> None:
     environment = {
         **os.environ,
-        # Null and wrapping pointers are found by the address sanitizer when they are used; checks of every step of a pointer
+        # Uses of null and wrapped pointers are found by the address sanitizer; checks of every step of a pointer
         # double the time of compilation.
         "CXXFLAGS": "-g1 -O0 -fsanitize=address,undefined -fno-sanitize=null,pointer-overflow -fno-sanitize-recover=all"
         " -DTERSOR_POISON",
