@@ -105,8 +105,7 @@ def binarize_activation(input: Tensor, training: bool = True) -> Tensor:
 
 
 def _is_channels_last(input: Tensor) -> bool:
-    """Contiguity is asked first, which costs a twentieth."""
-    return not input.is_contiguous() and input.dim() == 4 and is_channels_last(input)
+    return input.dim() == 4 and is_channels_last(input)
 
 
 def _dense(input: Tensor) -> Tensor:
