@@ -9,12 +9,11 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "arena.h"
+#include "memory.h"
 #include "quantization/quantized_input.h"
 #include "window.h"
 
@@ -102,10 +101,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t CACHE = 512 << 10;  // bytes of the level-2 cache that a band's codes may fill
 constexpr int64_t MOST_SCRATCH = int64_t{2} << 30;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
 
 // The sizes of the problem, with all that protects memory checked.
 Task make_task(const Tensor& input, const Tensor& weight, const Tensor& sums, const std::vector<int64_t>& stride,
@@ -207,8 +202,7 @@ void run(const Task& task) {
   const int64_t threads = torch::stable::get_num_threads(), units = task.batch * bands;
   const int64_t parts = std::min(blocks, std::max<int64_t>(1, threads / units));
   torch::stable::parallel_for(0, units * parts, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
-    if (!memory) throw std::bad_alloc();
+    const Memory memory = allocate(bytes);
     for (int64_t i = begin; i < end; ++i) {
 #ifdef TERSOR_POISON
       std::memset(memory.get(), 0xff, bytes);

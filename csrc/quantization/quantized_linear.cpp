@@ -7,11 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <memory>
-#include <new>
 #include <optional>
 
 #include "arena.h"
+#include "memory.h"
 #include "quantization/quantized_input.h"
 
 namespace tersor::quantized_linear {
@@ -57,10 +56,6 @@ constexpr int64_t CACHE = 256 << 10;       // bytes of the level-2 cache that a 
 constexpr int64_t MOST_ROWS = 96;          // of a unit
 constexpr int64_t WORTH_A_THREAD = 1 << 20;  // products: about 5 us of one
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
 // The sizes of the problem, with all that protects memory checked.
 Task make_task(const Tensor& input, const Tensor& weight, const Tensor& sums) {
   STD_TORCH_CHECK(input.dim() >= 1 && input.is_cpu(), "input must be a CPU tensor (..., C)");
@@ -101,8 +96,7 @@ void run(const Task& task, int64_t threads) {
   const int64_t parts = std::min(pairs, std::max<int64_t>(1, threads / units));
   const bool small = task.rows * task.inputs * task.outputs < 2 * WORTH_A_THREAD;
   torch::stable::parallel_for(0, units * parts, small ? units * parts : 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
-    if (!memory) throw std::bad_alloc();
+    const Memory memory = allocate(bytes);
     for (int64_t i = begin; i < end; ++i) {
 #ifdef TERSOR_POISON
       std::memset(memory.get(), 0xff, bytes);
